@@ -1,0 +1,394 @@
+"""Split an image classifier f = H_t o G into backbone G and head H_t by looking at one forward pass, not by name."""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import ModelOutput
+
+from .fingerprint import fingerprint
+from .patches import GridSize, as_pair, mask_patches
+
+# Depths, as shares of the blocks that the trace saw, at which an explainer reads feature maps.
+FEATURE_DEPTHS = (1 / 3, 2 / 3, 1.0)
+
+
+@dataclass
+class SplitClassifierOutput(ModelOutput):
+    """One pass of a classifier.
+
+    Args:
+        logits: (B, C).
+        embeddings: G(x), what the head reads, (B, D).
+        features: maps of the backbone on the way there, a tuple of (B, C_i, h_i, w_i); prefix tokens are dropped.
+    """
+
+    logits: Tensor | None = None
+    embeddings: Tensor | None = None
+    features: tuple[Tensor, ...] | None = None
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """The tensor itself, or the first one of a tuple, list or mapping."""
+    if isinstance(value, Tensor):
+        return value
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return next((item for item in values if isinstance(item, Tensor)), None)
+
+
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", None)
+    logits = _first_tensor(output) if logits is None else logits
+    if logits is None or logits.ndim != 2:
+        found = type(output).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
+        raise ValueError(f"The model returned {found}; pass an image classifier whose logits have shape (batch, classes).")
+    return logits
+
+
+def _as_map(value: Tensor, height: int, width: int) -> Tensor | None:
+    """See a module's output as a feature map (B, C, h, w) of an image of that height and width, or return None.
+
+    Channels-first and channels-last maps are told apart by their strides being equal in both directions; in a
+    sequence, the fewest leading tokens are taken for prefix tokens (class, distillation, registers) that leave a grid.
+    """
+
+    def fits(h: int, w: int) -> bool:
+        return h * w > 1 and h <= height and w <= width and abs(height * w - width * h) < max(height, width)
+
+    if value.ndim == 4 and fits(*value.shape[2:]):
+        return value
+    if value.ndim == 4 and fits(*value.shape[1:3]):
+        return value.permute(0, 3, 1, 2)
+    if value.ndim == 3:
+        for prefix in range(min(value.shape[1], 16)):
+            tokens = value.shape[1] - prefix
+            h = round((tokens * height / width) ** 0.5)
+            if h and tokens % h == 0 and fits(h, tokens // h):
+                return value[:, prefix:].transpose(1, 2).unflatten(2, (h, tokens // h))
+    return None
+
+
+@contextmanager
+def _hooks(handles: Iterator[Any]) -> Iterator[None]:
+    """Keep hooks for the length of a with-block; they are removed whatever happens inside."""
+    active = []
+    try:
+        active.extend(handles)
+        yield
+    finally:
+        for handle in active:
+            handle.remove()
+
+
+class Head(nn.Module):
+    """H_t: a classifier's own last module, applied to embeddings with any leading dimensions, (..., D) -> (..., C)."""
+
+    def __init__(self, module: nn.Module, input_shape: torch.Size):
+        super().__init__()
+        self.module = module
+        self.input_shape = input_shape  # without the batch, for example (D,) or (D, 1, 1)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        flat = embeddings.reshape(-1, *self.input_shape)
+        return self.module(flat).reshape(*embeddings.shape[:-1], -1)
+
+
+class Backbone(nn.Module):
+    """G: runs the classifier and reads, through hooks, what its head is given and chosen feature maps."""
+
+    def __init__(self, model: nn.Module, head_name: str, feature_names: tuple[str, ...]):
+        super().__init__()
+        self.model = model
+        self.head_name = head_name
+        self.feature_names = feature_names
+
+    def forward(self, pixel_values: Tensor) -> SplitClassifierOutput:
+        """Return the embeddings, (B, D), the features, and the model's own logits, (B, C)."""
+        read: dict[str, Tensor] = {}
+
+        def hooks() -> Iterator[Any]:
+            def keep_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                read[self.head_name] = _first_tensor((*args, *kwargs.values())).flatten(1)
+
+            yield self.model.get_submodule(self.head_name).register_forward_pre_hook(keep_input, with_kwargs=True)
+            for name in self.feature_names:
+
+                def keep_output(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
+                    read[name] = _as_map(_first_tensor(output), *pixel_values.shape[-2:])
+
+                yield self.model.get_submodule(name).register_forward_hook(keep_output)
+
+        with _hooks(hooks()):
+            logits = _logits(self.model(pixel_values))
+        return SplitClassifierOutput(
+            logits=logits,
+            embeddings=read[self.head_name],
+            features=tuple(read[name] for name in self.feature_names),
+        )
+
+
+class SplitClassifier(nn.Module):
+    """An image classifier f = H_t o G as its two parts, `backbone` and `head`.
+
+    Made by `split_classifier`; `with_head` puts another head on the same backbone.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: nn.Module,
+        embedding_dim: int,
+        id2label: dict[int, str],
+        multi_label: bool = False,
+        image_processor: Any = None,
+        name: str | None = None,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.embedding_dim = embedding_dim
+        self.id2label = id2label
+        self.multi_label = multi_label
+        self.image_processor = image_processor
+        self.name = name
+        self.train(backbone.model.training)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.backbone.parameters()).dtype
+
+    def probe(self) -> Tensor:
+        """Return two images of noise of the size that the classifier takes, on its device and in its dtype."""
+        return _probe_like(self.backbone.model, self.image_processor)
+
+    def forward(self, pixel_values: Tensor) -> SplitClassifierOutput:
+        """Run f once on (B, 3, H, W): logits (B, C), embeddings (B, D) and feature maps."""
+        output = self.backbone(pixel_values)
+        output.logits = self.head(output.embeddings)
+        return output
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Return G(x), (B, D)."""
+        return self.backbone(pixel_values).embeddings
+
+    def embed_masked(
+        self, pixel_values: Tensor, keep: Tensor, grid_size: GridSize, removal: str = "zero", chunk_size: int = 128
+    ) -> Tensor:
+        """Return G of each image with only some patches kept, in passes of at most `chunk_size` masked images.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            keep: K sets of patches for each image, boolean (B, K, N).
+            grid_size, removal: as for `patches.mask_patches`.
+
+        Returns:
+            Embeddings, (B, K, D).
+        """
+        batch, num_masks = keep.shape[:2]
+        image_of = torch.arange(batch, device=pixel_values.device).repeat_interleave(num_masks)
+        masks = keep.flatten(0, 1).unsqueeze(1).to(pixel_values.device)  # (B K, 1, N)
+        rows = [
+            self.embed(mask_patches(pixel_values[images], part, grid_size, removal).squeeze(1))
+            for images, part in zip(image_of.split(chunk_size), masks.split(chunk_size), strict=True)
+        ]
+        return torch.cat(rows).unflatten(0, (batch, num_masks))
+
+    def log_prob(self, embeddings: Tensor) -> Tensor:
+        """Return log H_t(e) in float32, (..., D) -> (..., C): log-softmax, or log-sigmoid of a multi-label head."""
+        logits = self.head(embeddings).float()
+        return F.logsigmoid(logits) if self.multi_label else logits.log_softmax(-1)
+
+    def with_head(
+        self,
+        head: nn.Module | Callable[[Tensor], Tensor],
+        id2label: dict[int, str] | None = None,
+        multi_label: bool = False,
+    ) -> "SplitClassifier":
+        """Put another head H_t, (..., D) -> (..., C), on this backbone; the backbone is shared, not copied.
+
+        Raises:
+            ValueError: If the head does not accept this backbone's embeddings, or `id2label` has another length.
+        """
+        probe = torch.zeros(2, self.embedding_dim, device=self.device, dtype=self.dtype)
+        try:
+            with torch.no_grad():
+                logits = head(probe)
+        except RuntimeError as error:
+            raise ValueError(
+                f"The head does not accept embeddings of {self.embedding_dim} dimensions ({error}); "
+                "pass one made for this backbone."
+            ) from error
+        num_labels = logits.shape[-1]
+        if id2label is None:
+            id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
+        if len(id2label) != num_labels:
+            raise ValueError(f"id2label names {len(id2label)} classes, but the head gives {num_labels} logits.")
+        module = head if isinstance(head, nn.Module) else _Function(head)
+        return SplitClassifier(
+            self.backbone, module, self.embedding_dim, id2label, multi_label, self.image_processor, self.name
+        )
+
+    def fingerprint(self) -> str:
+        """Summarise the backbone's weights, head excluded; compare two with `tve_hf.fingerprint.match`."""
+        model = self.backbone.model
+        head = {id(t) for t in model.get_submodule(self.backbone.head_name).state_dict(keep_vars=True).values()}
+        return fingerprint(t for t in model.state_dict(keep_vars=True).values() if id(t) not in head)
+
+
+class _Function(nn.Module):
+    """A plain callable as a module, so that it can be a submodule."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.function(embeddings)
+
+
+@dataclass
+class _Call:
+    """What one module did in the traced pass."""
+
+    name: str
+    module: nn.Module
+    input_shape: torch.Size
+    output: Tensor
+
+
+def _trace(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, list[_Call]]:
+    """Run the model once; return its logits and the calls of its modules in the order in which they ended."""
+    calls: list[_Call] = []
+
+    def hooks() -> Iterator[Any]:
+        for name, module in model.named_modules():
+
+            def record(module: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
+                given, result = _first_tensor((*args, *kwargs.values())), _first_tensor(output)
+                if name and given is not None and result is not None:
+                    calls.append(_Call(name, module, given.shape, result))
+
+            yield module.register_forward_hook(record, with_kwargs=True)
+
+    with _hooks(hooks()), torch.no_grad():
+        return _logits(model(pixel_values)), calls
+
+
+def _find_head(logits: Tensor, calls: list[_Call]) -> _Call:
+    """Find the innermost module with weights whose output is the logits."""
+
+    def is_logits(value: Tensor) -> bool:
+        return value.numel() == logits.numel() and torch.equal(value.reshape(logits.shape).to(logits.dtype), logits)
+
+    found = [c for c in calls if is_logits(c.output) and any(True for _ in c.module.parameters())]
+    inner = [c for c in found if not any(o.name.startswith(c.name + ".") for o in found)]
+    if len(inner) != 1:
+        raise ValueError(
+            f"Cannot split the classifier: {len(inner)} of its modules output its logits, expected one "
+            f"({', '.join(c.name for c in inner) or 'the logits are computed outside of a module, or from several heads'});"
+            " wrap it so that one nn.Linear or similar module gives the logits."
+        )
+    return inner[0]
+
+
+def _find_features(calls: list[_Call], before: str, height: int, width: int) -> tuple[str, ...]:
+    """Choose the blocks, at fixed shares of the depth, whose outputs are feature maps."""
+    names = [c.name for c in calls]
+    calls = [c for c in calls[: names.index(before)] if names.count(c.name) == 1]
+    modules = {c.name: c.module for c in calls}
+    maps = [c.name for c in calls if _as_map(c.output, height, width) is not None]
+    # Blocks are what stands in a list: `layers.3`, `stages.1`. Any module will do where a model has none.
+    blocks = [name for name in maps if name.rpartition(".")[2].isdigit()] or maps
+    outer = [n for n in blocks if not any(n.startswith(o + ".") and o in modules for o in blocks)]
+    blocks = outer if len(outer) >= len(FEATURE_DEPTHS) else blocks
+    positions = sorted({math.ceil(depth * len(blocks)) - 1 for depth in FEATURE_DEPTHS}) if blocks else []
+    return tuple(blocks[i] for i in positions)
+
+
+def _probe_like(model: nn.Module, image_processor: Any) -> Tensor:
+    """A batch of two noise images of the size that the model takes, on its device and in its dtype."""
+    if image_processor is not None:
+        shape = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[1:]
+    else:
+        config = getattr(model, "config", None)
+        size = getattr(config, "image_size", None) or 224
+        height, width = as_pair(size)
+        shape = (getattr(config, "num_channels", 3), height, width)
+    parameter = next(model.parameters())
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(parameter.device, parameter.dtype)
+
+
+def split_classifier(
+    model: nn.Module | str | os.PathLike,
+    image_processor: Any = None,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+) -> SplitClassifier:
+    """Split an image classifier into backbone and head, f = H_t o G, by watching two passes over noise.
+
+    The head is the innermost module with weights whose output is the logits; the embedding is what it is given.
+    The split is accepted only if `head(embed(x))` gives the logits of another probe.
+
+    Args:
+        model: a classifier in eval mode, of transformers, timm or any `nn.Module` that maps pixel_values (B, 3, H, W)
+            to logits (B, C); or a name or folder for `AutoModelForImageClassification.from_pretrained`.
+        image_processor: its image processor, for the size of the probe; loaded with the model if that is a name.
+        dtype: precision to load a named model in, by default the one that it was saved in.
+        trust_remote_code: whether a named model may run code from its repository.
+
+    Raises:
+        ValueError: If the model is in train mode, or no single module gives its logits from one embedding.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        name = os.fspath(model)
+        options = {"trust_remote_code": trust_remote_code}
+        model = AutoModelForImageClassification.from_pretrained(
+            name, dtype=dtype or "auto", use_safetensors=True, **options
+        )
+        image_processor = image_processor or AutoImageProcessor.from_pretrained(name, **options)
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in train mode, where dropout is active; call model.eval() first.")
+
+    probe = _probe_like(model, image_processor)
+    logits, calls = _trace(model, probe)
+    head_call = _find_head(logits, calls)
+    feature_names = _find_features(calls, head_call.name, *probe.shape[-2:])
+    del calls
+    config = getattr(model, "config", None)
+    num_labels = logits.shape[-1]
+    id2label = getattr(config, "id2label", None)
+    if not id2label or len(id2label) != num_labels:
+        id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
+    input_shape = head_call.input_shape[1:]
+    classifier = SplitClassifier(
+        Backbone(model, head_call.name, feature_names),
+        Head(head_call.module, input_shape),
+        embedding_dim=math.prod(input_shape),
+        id2label=id2label,
+        multi_label=num_labels == 1 or getattr(config, "problem_type", None) == "multi_label_classification",
+        image_processor=image_processor,
+        name=getattr(config, "_name_or_path", None) or type(model).__name__,
+    )
+    with torch.no_grad():
+        output = classifier.backbone(probe.flip(-1).roll(1, 0))
+        again = classifier.head(output.embeddings)
+    tolerance = 1e-5 if logits.dtype == torch.float32 else 1e-2
+    if (again - output.logits).abs().max() > tolerance * output.logits.abs().max().clamp(min=1):
+        raise ValueError(
+            f"Cannot split {type(model).__name__}: its logits depend on more than the input of {head_call.name!r}; "
+            "wrap it so that one module gives the logits from one embedding."
+        )
+    return classifier
