@@ -6,7 +6,7 @@ The probe is cross-fitted, so that the soft labels of an image come from a probe
 
 Two phases share one cosine schedule. First, half of the patch tokens are dropped at random: twice the images per
 second, and a strong regulariser. Then all tokens stay, and in every second image a random share of the patches is set
-to zero, the mean pixel, so that the classifier meets at training time the masked images that an explanation asks about.
+to zero, the mean pixel, so that the classifier meets at training time the masked images that explanations ask about.
 
     python examples/distill_vit.py --train_files 'tiny_imagenet/train-*.parquet' \
         --test_files 'tiny_imagenet/test-*.parquet' --teacher mobilenet_v2_1.0_224_imagenet --output_dir vit
@@ -67,7 +67,9 @@ def load_images(files: str, size: int) -> tuple[torch.Tensor, torch.Tensor, list
     data = load_dataset("parquet", data_files=files, split="train")
     processor = ViTImageProcessor(size={"height": size, "width": size}, do_rescale=False, do_normalize=False)
     pixels = [
-        processor([image.convert("RGB") for image in batch["image"]], return_tensors="pt")["pixel_values"].to(torch.uint8)
+        processor([image.convert("RGB") for image in batch["image"]], return_tensors="pt")["pixel_values"].to(
+            torch.uint8
+        )
         for batch in data.iter(batch_size=500)
     ]
     return torch.cat(pixels), torch.tensor(data["label"]), data.features["label"].names
@@ -109,7 +111,7 @@ def cross_fitted_probe(x: torch.Tensor, y: torch.Tensor, folds: int = 4, epochs:
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random shift by up to an eighth of the side (reflected border), mirror, brightness and contrast; uint8 -> float."""
+    """Shift by up to an eighth of the side, mirror, change brightness and contrast at random; uint8 -> float."""
     n, _, height, width = images.shape
     pad = height // 8
     x = F.pad(images.float(), (pad,) * 4, mode="reflect")

@@ -235,7 +235,6 @@ def verify(
     kept: Tensor,
     removed: Tensor,
     class_idx: Tensor,
-    empty_embedding: Tensor,
     num_patches: int = 16,
     rule: str = DEFAULT_RULE,
     grid_size: GridSize = 14,
@@ -248,7 +247,6 @@ def verify(
         classifier, pixel_values, grid_size, hops: as for `exact_meta_attribution`.
         kept, removed: the predictions, (B, N, D).
         class_idx: y, (B,).
-        empty_embedding: G of the empty image, (D,), which relative errors of kept are measured from.
         num_patches: n; all patches if it is at least N.
         rule: compared patch by patch: its evidence, without standardising or averaging over the map.
         generator: chooses the patches; seeded with 0 if None, so that the same call gives the same answer.
@@ -275,12 +273,13 @@ def verify(
     error = ((g_hat - h_hat) - (g - h)).abs().mean(1)
     exact = _apply(pointwise, exact_kept, exact_removed, classifier, classes).squeeze(1)
     predicted = _apply(pointwise, kept, removed, classifier, classes).squeeze(1)
-    embeddings = classifier.embed(pixel_values).unsqueeze(1)
+    full = classifier.embed(pixel_values).unsqueeze(1)
+    empty = classifier.embed(torch.zeros_like(pixel_values[:1])).unsqueeze(1)
     columns_of = zip(
         pearson(predicted, exact).tolist(),
         spearman(predicted, exact).tolist(),
-        relative_error(kept, exact_kept, empty_embedding.to(kept.device)).tolist(),
-        relative_error(removed, exact_removed, embeddings).tolist(),
+        relative_error(kept, exact_kept, empty).tolist(),
+        relative_error(removed, exact_removed, full).tolist(),
         epsilon.tolist(),
         error.tolist(),
         strict=True,

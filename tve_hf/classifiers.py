@@ -3,22 +3,18 @@
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import ModelOutput
 
 from .fingerprint import fingerprint
-from .patches import GridSize, as_pair, mask_patches
-
-# Depths, as shares of the blocks that the trace saw, at which an explainer reads feature maps.
-FEATURE_DEPTHS = (1 / 3, 2 / 3, 1.0)
+from .patches import GridSize, mask_patches
+from .splitting import as_map, find_features, find_head, first_tensor, hooked, logits_of, probe_like, trace
 
 
 @dataclass
@@ -34,58 +30,6 @@ class SplitClassifierOutput(ModelOutput):
     logits: Tensor | None = None
     embeddings: Tensor | None = None
     features: tuple[Tensor, ...] | None = None
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    """The tensor itself, or the first one of a tuple, list or mapping."""
-    if isinstance(value, Tensor):
-        return value
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return next((item for item in values if isinstance(item, Tensor)), None)
-
-
-def _logits(output: Any) -> Tensor:
-    logits = getattr(output, "logits", None)
-    logits = _first_tensor(output) if logits is None else logits
-    if logits is None or logits.ndim != 2:
-        found = type(output).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
-        raise ValueError(f"The model returned {found}; pass an image classifier whose logits have shape (batch, classes).")
-    return logits
-
-
-def _as_map(value: Tensor, height: int, width: int) -> Tensor | None:
-    """See a module's output as a feature map (B, C, h, w) of an image of that height and width, or return None.
-
-    Channels-first and channels-last maps are told apart by their strides being equal in both directions; in a
-    sequence, the fewest leading tokens are taken for prefix tokens (class, distillation, registers) that leave a grid.
-    """
-
-    def fits(h: int, w: int) -> bool:
-        return h * w > 1 and h <= height and w <= width and abs(height * w - width * h) < max(height, width)
-
-    if value.ndim == 4 and fits(*value.shape[2:]):
-        return value
-    if value.ndim == 4 and fits(*value.shape[1:3]):
-        return value.permute(0, 3, 1, 2)
-    if value.ndim == 3:
-        for prefix in range(min(value.shape[1], 16)):
-            tokens = value.shape[1] - prefix
-            h = round((tokens * height / width) ** 0.5)
-            if h and tokens % h == 0 and fits(h, tokens // h):
-                return value[:, prefix:].transpose(1, 2).unflatten(2, (h, tokens // h))
-    return None
-
-
-@contextmanager
-def _hooks(handles: Iterator[Any]) -> Iterator[None]:
-    """Keep hooks for the length of a with-block; they are removed whatever happens inside."""
-    active = []
-    try:
-        active.extend(handles)
-        yield
-    finally:
-        for handle in active:
-            handle.remove()
 
 
 class Head(nn.Module):
@@ -116,18 +60,22 @@ class Backbone(nn.Module):
 
         def hooks() -> Iterator[Any]:
             def keep_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                read[self.head_name] = _first_tensor((*args, *kwargs.values())).flatten(1)
+                given = first_tensor((*args, *kwargs.values()))
+                if given is not None:
+                    read[self.head_name] = given.flatten(1)
 
             yield self.model.get_submodule(self.head_name).register_forward_pre_hook(keep_input, with_kwargs=True)
             for name in self.feature_names:
 
                 def keep_output(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
-                    read[name] = _as_map(_first_tensor(output), *pixel_values.shape[-2:])
+                    feature = as_map(first_tensor(output), *pixel_values.shape[-2:])
+                    if feature is not None:
+                        read[name] = feature
 
                 yield self.model.get_submodule(name).register_forward_hook(keep_output)
 
-        with _hooks(hooks()):
-            logits = _logits(self.model(pixel_values))
+        with hooked(hooks()):
+            logits = logits_of(self.model(pixel_values))
         return SplitClassifierOutput(
             logits=logits,
             embeddings=read[self.head_name],
@@ -149,7 +97,7 @@ class SplitClassifier(nn.Module):
         id2label: dict[int, str],
         multi_label: bool = False,
         image_processor: Any = None,
-        name: str | None = None,
+        name: str = "classifier",
     ):
         super().__init__()
         self.backbone = backbone
@@ -171,7 +119,7 @@ class SplitClassifier(nn.Module):
 
     def probe(self) -> Tensor:
         """Return two images of noise of the size that the classifier takes, on its device and in its dtype."""
-        return _probe_like(self.backbone.model, self.image_processor)
+        return probe_like(self.backbone.model, self.image_processor)
 
     def forward(self, pixel_values: Tensor) -> SplitClassifierOutput:
         """Run f once on (B, 3, H, W): logits (B, C), embeddings (B, D) and feature maps."""
@@ -258,79 +206,6 @@ class _Function(nn.Module):
         return self.function(embeddings)
 
 
-@dataclass
-class _Call:
-    """What one module did in the traced pass."""
-
-    name: str
-    module: nn.Module
-    input_shape: torch.Size
-    output: Tensor
-
-
-def _trace(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, list[_Call]]:
-    """Run the model once; return its logits and the calls of its modules in the order in which they ended."""
-    calls: list[_Call] = []
-
-    def hooks() -> Iterator[Any]:
-        for name, module in model.named_modules():
-
-            def record(module: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
-                given, result = _first_tensor((*args, *kwargs.values())), _first_tensor(output)
-                if name and given is not None and result is not None:
-                    calls.append(_Call(name, module, given.shape, result))
-
-            yield module.register_forward_hook(record, with_kwargs=True)
-
-    with _hooks(hooks()), torch.no_grad():
-        return _logits(model(pixel_values)), calls
-
-
-def _find_head(logits: Tensor, calls: list[_Call]) -> _Call:
-    """Find the innermost module with weights whose output is the logits."""
-
-    def is_logits(value: Tensor) -> bool:
-        return value.numel() == logits.numel() and torch.equal(value.reshape(logits.shape).to(logits.dtype), logits)
-
-    found = [c for c in calls if is_logits(c.output) and any(True for _ in c.module.parameters())]
-    inner = [c for c in found if not any(o.name.startswith(c.name + ".") for o in found)]
-    if len(inner) != 1:
-        raise ValueError(
-            f"Cannot split the classifier: {len(inner)} of its modules output its logits, expected one "
-            f"({', '.join(c.name for c in inner) or 'the logits are computed outside of a module, or from several heads'});"
-            " wrap it so that one nn.Linear or similar module gives the logits."
-        )
-    return inner[0]
-
-
-def _find_features(calls: list[_Call], before: str, height: int, width: int) -> tuple[str, ...]:
-    """Choose the blocks, at fixed shares of the depth, whose outputs are feature maps."""
-    names = [c.name for c in calls]
-    calls = [c for c in calls[: names.index(before)] if names.count(c.name) == 1]
-    modules = {c.name: c.module for c in calls}
-    maps = [c.name for c in calls if _as_map(c.output, height, width) is not None]
-    # Blocks are what stands in a list: `layers.3`, `stages.1`. Any module will do where a model has none.
-    blocks = [name for name in maps if name.rpartition(".")[2].isdigit()] or maps
-    outer = [n for n in blocks if not any(n.startswith(o + ".") and o in modules for o in blocks)]
-    blocks = outer if len(outer) >= len(FEATURE_DEPTHS) else blocks
-    positions = sorted({math.ceil(depth * len(blocks)) - 1 for depth in FEATURE_DEPTHS}) if blocks else []
-    return tuple(blocks[i] for i in positions)
-
-
-def _probe_like(model: nn.Module, image_processor: Any) -> Tensor:
-    """A batch of two noise images of the size that the model takes, on its device and in its dtype."""
-    if image_processor is not None:
-        shape = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[1:]
-    else:
-        config = getattr(model, "config", None)
-        size = getattr(config, "image_size", None) or 224
-        height, width = as_pair(size)
-        shape = (getattr(config, "num_channels", 3), height, width)
-    parameter = next(model.parameters())
-    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(parameter.device, parameter.dtype)
-
-
 def split_classifier(
     model: nn.Module | str | os.PathLike,
     image_processor: Any = None,
@@ -352,20 +227,22 @@ def split_classifier(
     Raises:
         ValueError: If the model is in train mode, or no single module gives its logits from one embedding.
     """
-    if isinstance(model, (str, os.PathLike)):
+    if not isinstance(model, nn.Module):
         name = os.fspath(model)
-        options = {"trust_remote_code": trust_remote_code}
-        model = AutoModelForImageClassification.from_pretrained(
-            name, dtype=dtype or "auto", use_safetensors=True, **options
+        image_processor = image_processor or AutoImageProcessor.from_pretrained(
+            name, trust_remote_code=trust_remote_code
         )
-        image_processor = image_processor or AutoImageProcessor.from_pretrained(name, **options)
+        loaded = AutoModelForImageClassification.from_pretrained(
+            name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        return split_classifier(loaded, image_processor)
     if model.training:
         raise ValueError(f"{type(model).__name__} is in train mode, where dropout is active; call model.eval() first.")
 
-    probe = _probe_like(model, image_processor)
-    logits, calls = _trace(model, probe)
-    head_call = _find_head(logits, calls)
-    feature_names = _find_features(calls, head_call.name, *probe.shape[-2:])
+    probe = probe_like(model, image_processor)
+    logits, calls = trace(model, probe)
+    head_call = find_head(logits, calls)
+    feature_names = find_features(calls, head_call.name, *probe.shape[-2:])
     del calls
     config = getattr(model, "config", None)
     num_labels = logits.shape[-1]

@@ -72,7 +72,9 @@ def fidelity(
     if len(scores) != len(pixel_values):
         raise ValueError(f"{len(scores)} maps were given for {len(pixel_values)} images; pass one map for each.")
     if not 2 <= num_levels <= num_patches + 1:
-        raise ValueError(f"num_levels = {num_levels} must lie between 2 and the number of patches + 1, {num_patches + 1}.")
+        raise ValueError(
+            f"num_levels = {num_levels} must lie between 2 and the number of patches + 1, {num_patches + 1}."
+        )
     num_labels = len(classifier.id2label)
     if class_idx.min() < 0 or class_idx.max() >= num_labels:
         raise ValueError(f"class_idx {class_idx.tolist()} must lie between 0 and {num_labels - 1}.")
@@ -85,7 +87,9 @@ def fidelity(
     # At the ends S* is everything or nothing for every map, so f(Z) and f(empty) are asked once.
     inner = important[:, 1:-1]
     keep = torch.cat([important[:, :1], important[:, -1:], ~inner, inner], dim=1)  # Z, empty, K - 2 and K - 2 masks
-    log_prob = classifier.log_prob(classifier.embed_masked(pixel_values, keep, grid, removal, chunk_size))  # (B, 2K-2, C)
+    log_prob = classifier.log_prob(
+        classifier.embed_masked(pixel_values, keep, grid, removal, chunk_size)
+    )  # (B, 2K-2, C)
     probabilities = log_prob.gather(-1, class_idx.view(-1, 1, 1).expand(-1, log_prob.shape[1], 1)).squeeze(-1).exp()
     full, empty, without, alone = probabilities.split([1, 1, num_levels - 2, num_levels - 2], dim=1)
     plus = full - torch.cat([empty, without, full], dim=1)

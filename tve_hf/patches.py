@@ -36,6 +36,30 @@ def grid_of(num_patches: int, grid_size: GridSize | None) -> tuple[int, int]:
     return rows, columns
 
 
+def is_grid(rows: int, columns: int, height: int, width: int) -> bool:
+    """Whether rows x columns cells, as wide as high, tile an image of that size, up to rounding of one cell."""
+    return (
+        rows * columns > 1
+        and rows <= height
+        and columns <= width
+        and abs(height * columns - width * rows) < max(height, width)
+    )
+
+
+def token_grid(num_tokens: int, height: int, width: int) -> tuple[int, int, int] | None:
+    """See a sequence as prefix tokens (class, distillation, registers) and a grid of patch tokens.
+
+    Returns:
+        (prefix tokens, rows, columns) with the fewest prefix tokens that leave a grid of the image's shape, or None.
+    """
+    for prefix in range(min(num_tokens, 16)):
+        tokens = num_tokens - prefix
+        rows = round((tokens * height / width) ** 0.5)
+        if rows and tokens % rows == 0 and is_grid(rows, tokens // rows, height, width):
+            return prefix, rows, tokens // rows
+    return None
+
+
 def neighborhoods(grid_size: GridSize, hops: int, device: torch.device | None = None) -> Tensor:
     """Mark the neighbourhood N(z) of every patch: the patches at Chebyshev distance at most `hops`, z included.
 

@@ -71,7 +71,9 @@ def config_for(classifier: SplitClassifier, grid_size: int, hops: int, **sizes: 
         image_std=list(processor.image_std),
         feature_names=list(classifier.backbone.feature_names),
         feature_dims=[feature.shape[1] for feature in output.features],
-        backbone_name=os.path.basename(classifier.name.rstrip("/")) if os.path.isdir(classifier.name) else classifier.name,
+        backbone_name=os.path.basename(classifier.name.rstrip("/"))
+        if os.path.isdir(classifier.name)
+        else classifier.name,
         backbone_fingerprint=classifier.fingerprint(),
         **sizes,
     )
@@ -101,9 +103,9 @@ def validate(explainer: TVEExplainer, classifier: SplitClassifier, pixel_values:
     kept, removed = exact_meta_attribution(classifier, pixel_values, config.grid_size, config.hops)
     exact_scores = transfer(kept, removed, classifier, class_idx, "log_prob")
     scores = transfer(predicted.kept, predicted.removed, classifier, class_idx, "log_prob")
-    centre = explainer.empty_embedding
+    empty = classifier.embed(torch.zeros_like(pixel_values[:1]))
     return {
-        "kept_error": relative_error(predicted.kept, kept, centre).mean().item(),
+        "kept_error": relative_error(predicted.kept, kept, empty).mean().item(),
         "removed_error": relative_error(predicted.removed, removed, output.embeddings.unsqueeze(1)).mean().item(),
         "spearman": spearman(scores, exact_scores).nanmedian().item(),
     }
@@ -159,7 +161,9 @@ def pretrain(args: PretrainArguments) -> TVEExplainer:
     model, optimizer, loader = accelerator.prepare(explainer, optimizer, loader)
     steps_per_epoch = len(loader)
     if steps_per_epoch == 0:
-        raise ValueError(f"{args.train_files} hold fewer images than one batch of {args.batch_size}; lower batch_size.")
+        raise ValueError(
+            f"{args.train_files} hold fewer images than one batch of {args.batch_size}; lower batch_size."
+        )
     steps = args.num_epochs * steps_per_epoch
     schedule = accelerator.prepare(
         # Accelerate steps a prepared schedule once for each process.

@@ -1,0 +1,44 @@
+"""Transferable attribution for image classifiers: explain any head on a backbone with one pre-trained explainer.
+
+Importing this package registers `TVEConfig` and `TVEExplainer` with transformers' Auto classes, and the pipeline task
+"transferable-attribution".
+"""
+
+from transformers import AutoConfig, AutoModel
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from . import methods
+from .attribution import DEFAULT_RULE, RULES, exact_meta_attribution, transfer, verify
+from .classifiers import SplitClassifier, split_classifier
+from .configuration_tve import TVEConfig
+from .fidelity import fidelity
+from .modeling_tve import TVEExplainer, TVEExplainerOutput
+from .pipeline_tve import DEFAULT_EXPLAINER, TransferableAttributionPipeline
+
+__version__ = "0.1.0"
+
+AutoConfig.register("tve", TVEConfig)
+AutoModel.register(TVEConfig, TVEExplainer)
+PIPELINE_REGISTRY.register_pipeline(
+    "transferable-attribution",
+    pipeline_class=TransferableAttributionPipeline,
+    pt_model=AutoModel,
+    default={"model": (str(DEFAULT_EXPLAINER), "main")},
+    type="image",
+)
+
+__all__ = [
+    "DEFAULT_RULE",
+    "RULES",
+    "SplitClassifier",
+    "TVEConfig",
+    "TVEExplainer",
+    "TVEExplainerOutput",
+    "TransferableAttributionPipeline",
+    "exact_meta_attribution",
+    "fidelity",
+    "methods",
+    "split_classifier",
+    "transfer",
+    "verify",
+]

@@ -1,0 +1,190 @@
+"""Configuration of the TVE explainer."""
+
+import copy
+from dataclasses import field
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, ViTMAEConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@strict
+class TVEConfig(PreTrainedConfig):
+    r"""Describe a [`TVEExplainer`]: its trunk, its patch grid and the backbone G that it was trained to imitate.
+
+    The image is cut into a grid of patches and the explainer predicts, for every patch z, G of the image with only the
+    neighbourhood N(z) visible and G of the image with only N(z) hidden (TVE, arXiv 2312.15359, Eq. 6).
+
+    Args:
+        trunk: `"backbone"` reads the features that the backbone computes anyway and predicts differences of
+            embeddings; `"vit_mae"` is the paper's: it reads pixels only, through a Mask-AutoEncoder and mixer heads.
+        image_size: height and width of the normalised image, in pixels; one number means square.
+        grid_size: rows and columns of patches, P in the paper; one number means square.
+        hops: radius of N(z) in patches, Chebyshev distance, the paper's xi. 2 means a 5 x 5 window.
+        embedding_dim: length D of an embedding G(x).
+        num_channels: channels of the image.
+        image_mean: per-channel mean that was subtracted from the backbone's images.
+        image_std: per-channel standard deviation that divided them.
+        feature_dims: `"backbone"` trunk: channels C_i of each feature map that it reads. Empty means that it reads
+            pixels and the embedding only.
+        feature_names: names of the classifier's modules that these maps come from, one per entry of `feature_dims`.
+        hidden_size: `"backbone"` trunk: width of its transformer layers.
+        num_hidden_layers: number of its transformer layers; 0 leaves each position to itself.
+        num_attention_heads: heads per layer; must divide `hidden_size`.
+        intermediate_size: width of the layers' MLP.
+        hidden_act: activation of the transformer layers and of the mixer heads.
+        layer_norm_eps: epsilon of all layer norms outside the Mask-AutoEncoder.
+        initializer_range: standard deviation of freshly drawn weights.
+        mae_config: `"vit_mae"` trunk: configuration of the Mask-AutoEncoder; `None` means `ViTMAEConfig()`. The
+            explainer sees every patch, so it works on a copy whose `mask_ratio` is 0.
+        num_head_layers: mixer layers of each of its two heads, n in the paper.
+        shared_trunk: whether one Mask-AutoEncoder serves both heads, or each has its own as in the research code.
+        backbone_name: name or path of the classifier whose backbone the explainer was trained on.
+        backbone_fingerprint: fingerprint of that backbone's weights, to notice a different one.
+
+    Example:
+
+    ```python
+    >>> from tve_hf import TVEConfig, TVEExplainer
+
+    >>> config = TVEConfig(image_size=224, grid_size=14, embedding_dim=768, feature_dims=[768], feature_names=["norm"])
+    >>> explainer = TVEExplainer(config)
+    >>> config.num_patches, config.patch_size
+    (196, (16, 16))
+    ```"""
+
+    model_type = "tve"
+    sub_configs_defaults = {"mae_config": SubConfigSpec(config_class=ViTMAEConfig, optional=True)}
+
+    trunk: Literal["backbone", "vit_mae"] = "backbone"
+    image_size: int | list[int] | tuple[int, int] = 224
+    grid_size: int | list[int] | tuple[int, int] = 14
+    hops: int = 2
+    embedding_dim: int = 768
+    num_channels: int = 3
+    image_mean: list[float | int] | None = None
+    image_std: list[float | int] | None = None
+    feature_dims: list[int] = field(default_factory=list)
+    feature_names: list[str] = field(default_factory=list)
+
+    hidden_size: int = 256
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    intermediate_size: int = 1024
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    mae_config: dict | PreTrainedConfig | None = None
+    num_head_layers: int = 17
+    shared_trunk: bool = True
+
+    backbone_name: str | None = None
+    backbone_fingerprint: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Turn `mae_config` into a config object, and give the Mask-AutoEncoder trunk one if it has none."""
+        if self.trunk == "vit_mae" and self.mae_config is None:
+            self.mae_config = {}
+        super().__post_init__(**kwargs)
+        if self.mae_config is not None:
+            mae_config: Any = copy.deepcopy(self.mae_config)
+            mae_config.mask_ratio = 0.0
+            self.mae_config = mae_config
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the image, in pixels."""
+        return _pair(self.image_size)
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid."""
+        return _pair(self.grid_size)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of one patch, in pixels."""
+        (height, width), (rows, cols) = self.image_shape, self.grid_shape
+        return height // rows, width // cols
+
+    @property
+    def num_patches(self) -> int:
+        """Number N of patches; patch (row, col) has index row * cols + col."""
+        rows, cols = self.grid_shape
+        return rows * cols
+
+    def validate_architecture(self) -> None:
+        """Check the fields against each other; `@strict` calls this at the end of `__init__`."""
+        for name in ("image_size", "grid_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and len(value) != 2:
+                raise ValueError(f"{name}={value} has {len(value)} entries, give one number or two (vertical first).")
+        sizes = {"image_size": min(self.image_shape), "grid_size": min(self.grid_shape)}
+        sizes |= {f"feature_dims[{i}]": dim for i, dim in enumerate(self.feature_dims)}
+        for name in ("embedding_dim", "num_channels", "hidden_size", "num_attention_heads", "intermediate_size"):
+            sizes[name] = getattr(self, name)
+        for name, value in (sizes | {"num_head_layers": self.num_head_layers}).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}, it must be at least 1.")
+        for name in ("hops", "num_hidden_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be 0 or more.")
+        for pixels, patches in zip(self.image_shape, self.grid_shape, strict=True):
+            if pixels % patches:
+                raise ValueError(
+                    f"image_size={self.image_size} cannot be cut into grid_size={self.grid_size} patches of whole "
+                    f"pixels, choose a grid_size that divides it."
+                )
+        for name in ("image_mean", "image_std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.num_channels:
+                raise ValueError(
+                    f"{name} has {len(value)} entries, give one per channel (num_channels={self.num_channels})."
+                )
+        if len(self.feature_names) != len(self.feature_dims):
+            raise ValueError(
+                f"feature_names has {len(self.feature_names)} entries and feature_dims {len(self.feature_dims)}, "
+                f"give one name per feature map."
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} cannot be split into num_attention_heads={self.num_attention_heads}, "
+                f"choose a number of heads that divides it."
+            )
+        self._validate_mae()
+
+    def _validate_mae(self) -> None:
+        """Check that the Mask-AutoEncoder cuts the image into exactly the patches of the grid."""
+        mae: Any = self.mae_config
+        if self.trunk != "vit_mae":
+            if mae is not None:
+                raise ValueError(f'mae_config is not used by trunk="{self.trunk}", remove it or set trunk="vit_mae".')
+            return
+        (height, width), (rows, cols) = self.image_shape, self.grid_shape
+        # transformers builds the position embeddings and the decoder of a ViTMAE for square grids of square patches.
+        if rows != cols or height != width:
+            raise ValueError(
+                f'trunk="vit_mae" needs a square image and grid, not image_size={self.image_size} and '
+                f'grid_size={self.grid_size}; use trunk="backbone" for others.'
+            )
+        if not isinstance(mae.patch_size, int):
+            raise ValueError(f"mae_config.patch_size={mae.patch_size} must be one int, for example {height // rows}.")
+        if _pair(mae.image_size) != (height, width) or mae.patch_size * rows != height:
+            raise ValueError(
+                f"mae_config with image_size={mae.image_size} and patch_size={mae.patch_size} does not give a "
+                f"{rows} x {cols} grid on {height} x {width} pixels, "
+                f"set its image_size={height} and patch_size={height // rows}."
+            )
+        if mae.num_channels != self.num_channels:
+            raise ValueError(
+                f"mae_config.num_channels is {mae.num_channels}, set it to num_channels={self.num_channels}."
+            )
+
+
+def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+__all__ = ["TVEConfig"]

@@ -1,0 +1,229 @@
+"""Read images from anything users pass, and find which part of them an image processor shows to the model."""
+
+import base64
+import os
+import reprlib
+import warnings
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from huggingface_hub.utils import httpx  # the HTTP client that transformers itself uses
+from PIL import Image, ImageOps
+
+ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor | dict[str, Any]"
+
+_IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+
+
+def load_image(image: ImageInput, timeout: float | None = None) -> Image.Image:
+    """Load one image as upright RGB.
+
+    8-bit images come out exactly as from `transformers.image_utils.load_image`, so predictions agree with its
+    pipelines. Images of more than 8 bits are scaled to 8 bits, where transformers would clip them to white:
+    16-bit values are divided by 257; 32-bit integers and floats (modes I and F) stay as they are within 0..255, are
+    divided by 257 within 0..65535, and are otherwise stretched, minimum to 0 and maximum to 255.
+
+    Args:
+        image: a path, an http(s) URL, a base64 string or data URL, a PIL image, an undecoded image of `datasets`
+            ({"bytes": ..., "path": ...}), or an array or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4
+            channels: uint8, uint16, or float in [0, 1]. Where both ends of the shape could be channels, a tensor is
+            taken as (C, H, W) and an array as (H, W, C).
+        timeout: seconds to wait for each step of a download; without it, wait as long as it takes.
+
+    Raises:
+        FileNotFoundError: if a path does not exist.
+        IsADirectoryError: if a path is a directory.
+        TypeError: if the input is none of the above.
+        ValueError: if the image cannot be downloaded or decoded, or its shape or values make no image.
+    """
+    name = _name(image)
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        return _to_rgb(_open(image["bytes"], name), name)
+    if isinstance(image, dict) and image.get("path") is not None:
+        return load_image(image["path"], timeout)
+    if isinstance(image, str | os.PathLike):
+        return _to_rgb(_open(_read(os.fspath(image), name, timeout), name), name)
+    if isinstance(image, np.ndarray | torch.Tensor):
+        return _to_rgb(_from_array(image, name), name)
+    if isinstance(image, Image.Image):
+        return _to_rgb(image, name)
+    raise TypeError(f"{name} is not an image: pass a path, URL, base64 string, PIL image, array or tensor.")
+
+
+def seen_region(image_processor: Callable[..., Any], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Find the part of an original image that a processor shows to the model, by looking at what comes out.
+
+    Attributes such as `crop_pct` mean something else in every processor. Instead, one image with a ramp from left to
+    right in red, one from top to bottom in green, and full blue goes through it; position = a * pixel + b is fitted to
+    what comes out. Small flat images tell how the processor changes colours. The cost is that of processing one image
+    of this size; callers with many images of one size may want to remember the answer.
+
+    Args:
+        image_processor: turns PIL images into {"pixel_values": (B, 3, H, W)}, by any resize, crop and padding.
+        size: (width, height) of the original image, pixels.
+
+    Returns:
+        (left, top, right, bottom) in pixels of the original image. It reaches beyond the image where the processor
+        pads. A side closer to the image's border than half a pixel, of the image or of what comes out, is put on it.
+
+    Raises:
+        ValueError: if the processor gives no (B, 3, H, W) pixels, or mixes colours so that they cannot be told apart.
+    """
+    colors = [(64, 64, 64), (192, 64, 64), (64, 192, 64), (64, 64, 192)]
+    flat = _process(image_processor, [Image.new("RGB", (32, 32), color) for color in colors])  # (4, 3, h, w)
+    response = flat[1:] - flat[0]  # (3 in, 3 out, h, w)
+    row, col = divmod(int(np.abs(response).sum((0, 1)).argmax()), response.shape[-1])  # not a padded pixel
+    if np.linalg.matrix_rank(response[..., row, col], tol=1e-4) < 3:
+        raise ValueError("The image processor mixes the colours, so the region that it covers cannot be found.")
+    to_input = np.linalg.inv(response[..., row, col]) * 128
+
+    width, height = size
+    ramps = [np.rint(np.arange(side) * _levels_per_pixel(side)).astype(np.uint8) for side in size]
+    image = np.full((height, width, 3), 255, np.uint8)
+    image[..., 0], image[..., 1] = ramps[0], ramps[1][:, None]
+    output = _process(image_processor, [Image.fromarray(image)])[0]  # (3, h, w)
+    x, y, blue = np.einsum("chw,cd->dhw", output - flat[0, :, row, col][:, None, None], to_input) + 64
+    inside = (blue > 250) & (np.minimum(x, y) < 250)  # neither padded with another blue nor with white
+    if not inside.any():
+        raise ValueError(f"The image processor shows no pixel of an image of size {size}: check its crop and padding.")
+    left, right = _fit(np.where(inside, x, np.nan), width)
+    top, bottom = _fit(np.where(inside, y, np.nan).T, height)
+    return left, top, right, bottom
+
+
+def _process(image_processor: Callable[..., Any], images: list[Image.Image]) -> np.ndarray:
+    pixels = torch.as_tensor(image_processor(images=images, return_tensors="pt")["pixel_values"])
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"The image processor gives pixel_values of shape {tuple(pixels.shape)}, not (B, 3, H, W).")
+    return pixels.float().cpu().numpy()
+
+
+def _levels_per_pixel(side: int) -> float:
+    return 255 // side or 255 / side  # a whole number if possible, so that no level is rounded
+
+
+def _fit(ramp: np.ndarray, side: int) -> tuple[float, float]:
+    """Fit where the columns of a ramp (rows, columns; 0..255, NaN where padded) begin and end, in source pixels."""
+    seen = ~np.isnan(ramp).all(0)
+    pixel = np.flatnonzero(seen) + 0.5
+    position = np.nanmean(ramp[:, seen], 0) / _levels_per_pixel(side) + 0.5
+    # Near the border of the image the resizing filter bends the ramp: leave out two pixels of the coarser grid.
+    margin = min(2 * max(1.0, np.ptp(position) / position.size), 0.15 * side)
+    straight = (position > margin) & (position < side - margin)
+    if np.unique(position[straight].round(3)).size < 2:  # a side of one pixel has no ramp: take it as seen whole
+        return 0.0, float(side)
+    scale, offset = np.polyfit(pixel[straight], position[straight], 1)
+    begin, end, near = float(offset), float(offset + scale * ramp.shape[1]), 0.5 * max(1.0, scale)
+    return 0.0 if abs(begin) <= near else begin, float(side) if abs(end - side) <= near else end
+
+
+def _name(image: object) -> str:
+    """Name an input in an error message: what the user typed, shortened."""
+    if isinstance(image, np.ndarray | torch.Tensor):
+        return f"The {type(image).__name__} of shape {tuple(image.shape)} and dtype {image.dtype}"
+    if isinstance(image, Image.Image):
+        return f"The {image.mode} image {getattr(image, 'filename', '') or 'in memory'} of size {image.size}"
+    if isinstance(image, dict):
+        return _name(image["path"]) if image.get("path") else f"The dict with keys {list(image)}"
+    if isinstance(image, str | os.PathLike):
+        text = os.fspath(image)
+        return repr(text) if len(text) <= 200 else f"{text[:60]!r}... ({len(text)} characters)"
+    return f"The {type(image).__name__} {reprlib.repr(image)}"
+
+
+def _read(source: str, name: str, timeout: float | None) -> bytes:
+    """Fetch the bytes behind a URL, a path, or base64 text."""
+    if source.startswith(("http://", "https://")):
+        try:
+            response = httpx.get(source, timeout=timeout, follow_redirects=True)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{name} cannot be downloaded ({reason}): check the address and the network.") from error
+        if not response.is_success:
+            raise ValueError(f"{name} answers with HTTP status {response.status_code}: check it in a browser.")
+        return response.content
+    if os.path.isdir(source):
+        raise IsADirectoryError(f"{name} is a directory: pass a list of the files in it.")
+    if os.path.exists(source):
+        with open(source, "rb") as file:
+            return file.read()
+    is_data_url = source.startswith("data:")
+    text = source.partition(",")[2] if is_data_url else source
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        data = b""
+    # A path may be valid base64 by chance, unless it is too long for a path.
+    if data.startswith(_IMAGE_SIGNATURES) or (data and (is_data_url or len(source) > 4096)):
+        return data
+    raise FileNotFoundError(f"{name} does not exist, nor is it a base64-encoded image: check the path.")
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    if not data:
+        raise ValueError(f"{name} is empty (0 bytes): fetch or export it again.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return Image.open(BytesIO(data))
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"{name} is too large to be decoded safely: shrink it or, if you trust it, raise "
+                f"PIL.Image.MAX_IMAGE_PIXELS (now {Image.MAX_IMAGE_PIXELS})."
+            ) from error
+        except Exception as error:  # decoders raise almost any class on bytes that they do not expect
+            raise ValueError(f"{name} is corrupt or in no format that PIL can read: convert it to PNG.") from error
+
+
+def _from_array(array: np.ndarray | torch.Tensor, name: str) -> Image.Image:
+    shape = tuple(array.shape)
+    first, last = (len(shape) == 3 and shape[axis] in (1, 3, 4) for axis in (0, -1))
+    if not (len(shape) == 2 or first or last) or 0 in shape:
+        raise ValueError(f"{name} is not one image: pass (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels.")
+    if isinstance(array, torch.Tensor):
+        last = last and not first
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()  # numpy has no bfloat16
+    pixels = np.moveaxis(array, 0, -1) if len(shape) == 3 and not last else array
+    pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+    if np.issubdtype(pixels.dtype, np.floating):
+        low, high = _range(pixels, name)
+        if low < -1e-3 or high > 1 + 1e-3:  # some slack for values that were interpolated
+            raise ValueError(f"{name} has values in [{low:g}, {high:g}]: scale floats to [0, 1] or cast to uint8.")
+        pixels = np.rint(pixels.clip(0, 1) * 255)
+    elif pixels.dtype == np.uint16:
+        pixels = np.rint(pixels / 257)
+    elif pixels.dtype != np.uint8:
+        raise ValueError(f"{name} has no image dtype: cast it to uint8 (0..255) or to float in [0, 1].")
+    return Image.fromarray(np.ascontiguousarray(pixels, np.uint8))
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Decode, turn upright, scale to 8 bits by the rule that `load_image` documents, and convert to RGB."""
+    if 0 in image.size:
+        raise ValueError(f"{name} has no pixels: pass an image of at least 1 x 1.")
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # as in _open
+        raise ValueError(f"{name} is truncated or corrupt ({error}): fetch or export it again.") from error
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        pixels = np.asarray(image)
+        low, high = _range(pixels, name)
+        if image.mode.startswith("I;16") or (low >= 0 and 255 < high <= 65535):
+            image = Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
+        elif low < 0 or high > 255:
+            stretched = (pixels.astype(np.float64) - low) * (255 / max(high - low, 1e-12))
+            image = Image.fromarray(np.rint(stretched).astype(np.uint8))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Palette images with Transparency")  # RGB drops it on purpose
+        return image.convert("RGB")
+
+
+def _range(pixels: np.ndarray, name: str) -> tuple[float, float]:
+    low, high = float(pixels.min()), float(pixels.max())
+    if not np.isfinite([low, high]).all():
+        raise ValueError(f"{name} contains NaN or infinite values: replace them first.")
+    return low, high
