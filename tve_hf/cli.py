@@ -134,12 +134,15 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def card(arguments: list[str]) -> int:
-    """Render a checkpoint's model card from its config and results."""
-    from .model_card import write_card
+    """Render a checkpoint's model card from its config, training log and evaluation reports."""
+    from .model_card import render_card
 
     parser = argparse.ArgumentParser("tve-hf card", description=card.__doc__)
-    parser.add_argument("folder", type=Path, help="checkpoint folder with config.json, training.json and results")
-    print(write_card(parser.parse_args(arguments).folder))
+    parser.add_argument("folder", type=Path, help="checkpoint folder with config.json and training.json")
+    parser.add_argument("--results", type=Path, nargs="*", default=[], help="reports of tve-hf evaluate, <task>.json")
+    parser.add_argument("--output", type=Path, required=True, help="where the card goes")
+    args = parser.parse_args(arguments)
+    _write(args.output, render_card(args.folder, args.results).save)
     return 0
 
 

@@ -1,0 +1,96 @@
+"""Which rule should turn meta-attributions into scores? Fidelity of every rule, exact and predicted.
+
+For each backbone, held-out images and removal operator: Fidelity+ AUC - Fidelity- AUC of every rule in
+`tve_hf.RULES`, on the exact meta-attribution, and on the predicted one where there is an explainer. The same images
+and classes for all, so that differences are paired.
+
+    python examples/study_rules.py --output_file rules.json \
+        --case vit-tiny 8 1 'tiny_imagenet/test-*.parquet' tve-vit-tiny \
+        --case mobilenet_v1_0.5_160_imagenet 10 1 'imagenet_samples/test-*.parquet' none
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Image, load_dataset
+
+from tve_hf import RULES, TVEExplainer, exact_meta_attribution, fidelity, split_classifier, transfer
+from tve_hf.benchmark import bootstrap_interval
+from tve_hf.images import load_image
+from tve_hf.patches import REMOVALS
+
+
+@torch.no_grad()
+def study(name: str, grid_size: int, hops: int, files: str, model: str, num_images: int, batch: int) -> dict[str, Any]:
+    """Gaps (n,) of every source ("exact", "predicted"), rule and removal operator."""
+    classifier = split_classifier(name, dtype=torch.float32)
+    explainer = None if model == "none" else TVEExplainer.from_pretrained(model, dtype=torch.float32).eval()
+    data = load_dataset("parquet", data_files=files, split="train").cast_column("image", Image(decode=False))
+    # Spread over the file: some sets are in the order of their labels.
+    data = data.select(range(0, len(data), max(1, len(data) // num_images))).select(range(num_images))
+    gaps: dict[str, list[torch.Tensor]] = {}
+    for rows in data.iter(batch_size=batch):
+        images = [load_image(row) for row in rows["image"]]
+        pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
+        seen = classifier(pixel_values)
+        class_idx = seen.logits.argmax(-1)
+        sources = {"exact": exact_meta_attribution(classifier, pixel_values, grid_size, hops)}
+        if explainer is not None:
+            predicted = explainer(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
+            sources["predicted"] = (predicted.kept, predicted.removed)
+        for source, (kept, removed) in sources.items():
+            for rule in RULES:
+                scores = transfer(kept, removed, classifier, class_idx, rule, grid_size, hops)
+                for removal in REMOVALS:
+                    found = fidelity(classifier, pixel_values, scores, class_idx, removal=removal)
+                    gaps.setdefault(f"{source}/{rule}/{removal}", []).append(found.gap)
+    return {key: torch.cat(parts) for key, parts in gaps.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs=5, action="append", metavar=("CLASSIFIER", "P", "HOPS", "FILES", "EXPLAINER"))
+    parser.add_argument("--num_images", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=10)
+    parser.add_argument("--output_file", type=Path, required=True)
+    args = parser.parse_args()
+
+    report: dict[str, Any] = {"num_images": args.num_images, "cases": {}}
+    ranks: dict[str, list[float]] = {rule: [] for rule in RULES}
+    for name, grid_size, hops, files, model in args.case:
+        gaps = study(name, int(grid_size), int(hops), files, model, args.num_images, args.batch_size)
+        title = f"{Path(name).name}, P={grid_size}, hops={hops}"
+        table: dict[str, Any] = {}
+        columns = sorted({key.split("/")[0] + "/" + key.split("/")[2] for key in gaps})
+        for column in columns:
+            source, removal = column.split("/")
+            best = max(RULES, key=lambda rule: gaps[f"{source}/{rule}/{removal}"].mean())  # noqa: B023
+            for rule in RULES:
+                values = gaps[f"{source}/{rule}/{removal}"]
+                mean = values.mean().item()
+                low, high = bootstrap_interval(values - gaps[f"{source}/log_prob/{removal}"])
+                table.setdefault(rule, {})[column] = {
+                    "gap": round(mean, 4),
+                    "standard_error": round(values.std().item() / math.sqrt(len(values)), 4),
+                    "above_log_prob": [round(low, 4), round(high, 4)],
+                }
+                # How much of the best rule's gap a rule keeps, whatever the scale of the case.
+                ranks[rule].append(mean / gaps[f"{source}/{best}/{removal}"].mean().item())
+        report["cases"][title] = table
+        print(title)
+        for rule, row in table.items():
+            print(f"  {rule:28}", "  ".join(f"{column} {cell['gap']:.3f}" for column, cell in row.items()))
+    report["mean_share_of_best"] = {rule: round(sum(shares) / len(shares), 4) for rule, shares in ranks.items()}
+    report["worst_share_of_best"] = {rule: round(min(shares), 4) for rule, shares in ranks.items()}
+    report["winner"] = max(report["mean_share_of_best"], key=report["mean_share_of_best"].get)
+    print(json.dumps({key: report[key] for key in ("mean_share_of_best", "worst_share_of_best", "winner")}, indent=1))
+    args.output_file.parent.mkdir(parents=True, exist_ok=True)
+    args.output_file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

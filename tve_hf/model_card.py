@@ -1,0 +1,121 @@
+"""Render model cards from config and results: every number in a card is read from a JSON file that a command wrote."""
+
+import json
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def _table(rows: list[list[str]]) -> str:
+    header, *body = rows
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; a card needs it: run the command that measures it first.") from None
+
+
+def _agreement(results: dict[str, dict[str, Any]]) -> str:
+    """Explainer against exact: one column for each task."""
+    lines = {
+        "classifier's accuracy": ("accuracy", "{:.1%}"),
+        "median Spearman with exact": ("median_spearman", "{:.2f}"),
+        "relative error of kept": ("mean_kept_error", "{:.2f}"),
+        "relative error of removed": ("mean_removed_error", "{:.3f}"),
+        "mean error of Eq. 7, nats": ("mean_error_nats", "{:.2f}"),
+        "median ε of Theorem 1": ("median_epsilon", "{:.2f}"),
+    }
+    rows = [["", *results], ["images", *(str(r["num_images"]) for r in results.values())]]
+    for title, (key, form) in lines.items():
+        rows.append([title, *(form.format(r["summary"][key]) for r in results.values())])
+    return _table(rows)
+
+
+def _fidelity(results: dict[str, dict[str, Any]]) -> str:
+    """Fidelity of each method under each removal operator: mean ± standard deviation over images."""
+    rows = [["task", "removed pixels", "method", "Fidelity+ AUC ↑", "Fidelity− AUC ↓", "difference ↑", "above random"]]
+    for task, result in results.items():
+        for removal, methods in result["summary"]["fidelity"].items():
+            for name, found in methods.items():
+                if not isinstance(found, dict):
+                    continue
+                cells = [
+                    f"{mean:.3f} ± {sd:.3f}" for mean, sd in (found["plus_auc"], found["minus_auc"], found["gap"])
+                ]
+                low, high = found["gap_above_random"]
+                above = "" if name == "random" else f"{low:.3f} to {high:.3f}"
+                rows.append([task, removal, name, *cells, above])
+    return _table(rows)
+
+
+def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    training = _read(folder / "training.json")
+    arguments, last = training["arguments"], training["log"][-1]
+    first = next(iter(results.values()))
+    shares = [
+        f"{result['summary']['fidelity']['zero']['tve_share_of_exact']:.0%} on {task}"
+        for task, result in results.items()
+    ]
+    return {
+        "backbone": config["backbone_name"],
+        "fingerprint": config["backbone_fingerprint"],
+        "grid": f"{config['grid_size']} × {config['grid_size']}",
+        "image": " × ".join(str(side) for side in config["image_size"]),
+        "hops": str(config["hops"]),
+        "embedding_dim": str(config["embedding_dim"]),
+        "rule": first["settings"]["rule"],
+        "agreement": _agreement(results),
+        "fidelity": _fidelity(results),
+        "shares": " and ".join(shares),
+        "steps": str(last["step"]),
+        "batch_size": str(arguments["batch_size"]),
+        "patches_per_image": str(arguments["patches_per_image"]),
+        "learning_rate": f"{arguments['learning_rate']:g}",
+        "num_epochs": str(arguments["num_epochs"]),
+        "seed": str(arguments["seed"]),
+    }
+
+
+def _classifier_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    training = _read(folder / "training.json")
+    accuracy = training["test_accuracy"] if "test_accuracy" in training else training["log"][-1]["test_accuracy"]
+    settings = "\n".join(f"- `{name}`: `{value}`" for name, value in training["arguments"].items())
+    return {"accuracy": f"{accuracy:.1%}", "classes": str(len(config["id2label"])), "settings": settings}
+
+
+# How a checkpoint is described, by its model_type: template, its values, and metadata for the Hub.
+_KINDS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "tve": (
+        "explainer.md",
+        _explainer_values,
+        {"pipeline_tag": "image-classification", "tags": ["tve_hf", "explainability"]},
+    ),
+}
+_CLASSIFIER = ("classifier.md", _classifier_values, {"pipeline_tag": "image-classification", "tags": ["tve_hf"]})
+
+
+def render_card(folder: Path, results: list[Path]) -> ModelCard:
+    """Render the card of a checkpoint.
+
+    Args:
+        folder: checkpoint with config.json and training.json.
+        results: reports of `tve-hf evaluate`, one for each task, named <task>.json.
+
+    Raises:
+        ValueError: If a file is missing.
+    """
+    config = _read(folder / "config.json")
+    template, values_of, metadata = _KINDS.get(config["model_type"], _CLASSIFIER)
+    reports = {path.stem: _read(path) for path in results}
+    values = values_of(folder, config, reports) | {"name": folder.name}
+    text = Template((TEMPLATES / template).read_text()).substitute(values)
+    data = ModelCardData(license="cc-by-nc-4.0", library_name="transformers", **metadata)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
