@@ -3,7 +3,6 @@
 Equation numbers are those of "Learning Meta-attribution for Transferable Vision Explainer", arXiv 2312.15359.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -101,7 +100,9 @@ def exact_meta_attribution(
     num_patches = near.shape[0]
     if patch_idx is None:
         patch_idx = torch.arange(num_patches, device=pixel_values.device).expand(batch, -1)
-    if patch_idx.shape[1] == 0 or patch_idx.min() < 0 or patch_idx.max() >= num_patches:
+    if patch_idx.ndim != 2 or patch_idx.shape[0] != batch or patch_idx.shape[1] == 0:
+        raise ValueError(f"patch_idx has shape {tuple(patch_idx.shape)}; pass (B, k) with B = {batch} images.")
+    if patch_idx.min() < 0 or patch_idx.max() >= num_patches:
         raise ValueError(f"patch_idx must hold patches between 0 and {num_patches - 1}; got {patch_idx.tolist()}.")
     keep = near[patch_idx.to(near.device)]  # (B, k, N)
     keep = torch.cat([keep, ~keep], dim=1)  # (B, 2k, N)
@@ -140,6 +141,8 @@ def transfer(
     how = rule_named(rule)
     if kept.shape != removed.shape or kept.ndim != 3:
         raise ValueError(f"kept {tuple(kept.shape)} and removed {tuple(removed.shape)} must both be (B, N, D).")
+    if kept.shape[0] == 0:
+        raise ValueError("kept and removed hold no image; pass a batch of at least one.")
     if kept.shape[-1] != classifier.embedding_dim:
         raise ValueError(
             f"The meta-attributions have D = {kept.shape[-1]}, but the classifier's head reads "
@@ -228,6 +231,36 @@ def relative_error(predicted: Tensor, exact: Tensor, centre: Tensor) -> Tensor:
     return difference / (exact.float() - centre.float()).square().sum((-2, -1)).clamp(min=1e-12)
 
 
+Pair = tuple[Tensor, Tensor]  # kept and removed, (B, k, D) each
+
+
+@torch.no_grad()
+def prediction_errors(
+    classifier: SplitClassifier, pixel_values: Tensor, class_idx: Tensor, predicted: Pair, exact: Pair
+) -> dict[str, Tensor]:
+    """Measure how far predictions are from the exact meta-attributions of the same patches.
+
+    Returns:
+        `kept_error`, `removed_error`, `epsilon`, `bound` and `error` of each image, (B,), as in `Verification`.
+    """
+
+    def log_prob(embeddings: Tensor) -> Tensor:
+        values = classifier.log_prob(embeddings.to(classifier.dtype))
+        return values.gather(-1, class_idx.view(-1, 1, 1).expand(-1, values.shape[1], 1)).squeeze(-1)  # (B, k)
+
+    g_hat, h_hat, g, h = (log_prob(embeddings) for embeddings in (*predicted, *exact))
+    epsilon = torch.maximum(((g_hat - g).exp() - 1).abs().amax(1), ((h - h_hat).exp() - 1).abs().amax(1))
+    empty = classifier.embed(torch.zeros_like(pixel_values[:1])).unsqueeze(1)
+    full = classifier.embed(pixel_values).unsqueeze(1)
+    return {
+        "kept_error": relative_error(predicted[0], exact[0], empty),
+        "removed_error": relative_error(predicted[1], exact[1], full),
+        "epsilon": epsilon,
+        "bound": -2 * torch.log1p(-epsilon.clamp(max=1)),  # infinite from 1 on
+        "error": ((g_hat - h_hat) - (g - h)).abs().mean(1),
+    }
+
+
 @torch.no_grad()
 def verify(
     classifier: SplitClassifier,
@@ -259,32 +292,18 @@ def verify(
     n = min(num_patches, rows * columns)
     generator = generator or torch.Generator().manual_seed(0)
     patch_idx = sample_patches(len(pixel_values), rows * columns, n, generator).to(pixel_values.device)
-    exact_kept, exact_removed = exact_meta_attribution(classifier, pixel_values, grid_size, hops, patch_idx)
+    exact = exact_meta_attribution(classifier, pixel_values, grid_size, hops, patch_idx)
     index = patch_idx.unsqueeze(-1).expand(-1, -1, kept.shape[-1])
-    kept, removed = kept.gather(1, index), removed.gather(1, index)
-    classes = class_idx.unsqueeze(1)
-
-    def log_prob(embeddings: Tensor) -> Tensor:
-        values = classifier.log_prob(embeddings.to(classifier.dtype))
-        return values.gather(-1, classes.unsqueeze(1).expand(-1, n, 1)).squeeze(-1)  # (B, n)
-
-    g, h, g_hat, h_hat = (log_prob(e) for e in (exact_kept, exact_removed, kept, removed))
-    epsilon = torch.maximum(((g_hat - g).exp() - 1).abs().amax(1), ((h - h_hat).exp() - 1).abs().amax(1))
-    error = ((g_hat - h_hat) - (g - h)).abs().mean(1)
-    exact = _apply(pointwise, exact_kept, exact_removed, classifier, classes).squeeze(1)
-    predicted = _apply(pointwise, kept, removed, classifier, classes).squeeze(1)
-    full = classifier.embed(pixel_values).unsqueeze(1)
-    empty = classifier.embed(torch.zeros_like(pixel_values[:1])).unsqueeze(1)
-    columns_of = zip(
-        pearson(predicted, exact).tolist(),
-        spearman(predicted, exact).tolist(),
-        relative_error(kept, exact_kept, empty).tolist(),
-        relative_error(removed, exact_removed, full).tolist(),
-        epsilon.tolist(),
-        error.tolist(),
-        strict=True,
+    predicted = kept.gather(1, index), removed.gather(1, index)
+    scores, exact_scores = (
+        _apply(pointwise, *pair, classifier, class_idx.unsqueeze(1)) for pair in (predicted, exact)
     )
+    found = {
+        "pearson": pearson(scores, exact_scores).squeeze(1),
+        "spearman": spearman(scores, exact_scores).squeeze(1),
+        **prediction_errors(classifier, pixel_values, class_idx, predicted, exact),
+    }
     return [
-        Verification(n, rule, r, s, k, m, e, -2 * math.log1p(-e) if e < 1 else math.inf, nats)
-        for r, s, k, m, e, nats in columns_of
+        Verification(num_patches=n, rule=rule, **{name: values[i].item() for name, values in found.items()})
+        for i in range(len(pixel_values))
     ]

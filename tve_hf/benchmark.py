@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import methods
-from .attribution import DEFAULT_RULE, exact_meta_attribution, pearson, relative_error, spearman, transfer
+from .attribution import DEFAULT_RULE, exact_meta_attribution, pearson, prediction_errors, spearman, transfer
 from .classifiers import SplitClassifier, split_classifier
 from .fidelity import fidelity
 from .images import load_image
@@ -54,34 +54,22 @@ def agreement(
     """Compare predicted with exact meta-attributions on all patches.
 
     Returns:
-        Per-image values, (B,): `spearman` and `pearson` of the maps under `rule`; `kept_error` and `removed_error`,
-        relative to G of the empty image and to G(x); `epsilon` and `bound` of Theorem 1 and the mean `error` of Eq. 7
-        in nats; and the two maps, `tve` and `exact`, (B, rows, cols).
+        Per-image values, (B,): `spearman` and `pearson` of the maps under `rule`, and those of `prediction_errors`;
+        and the two maps, `tve` and `exact`, (B, rows, cols).
     """
     config = explainer.config
     seen = classifier(pixel_values)
-    predicted = explainer(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
-    kept, removed = exact_meta_attribution(classifier, pixel_values, config.grid_size, config.hops)
-    empty = classifier.embed(torch.zeros_like(pixel_values[:1])).unsqueeze(1)
-
-    def log_prob(embeddings: Tensor) -> Tensor:
-        values = classifier.log_prob(embeddings)
-        return values.gather(-1, class_idx.view(-1, 1, 1).expand(-1, values.shape[1], 1)).squeeze(-1)
-
-    g, h, g_hat, h_hat = (log_prob(e) for e in (kept, removed, predicted.kept, predicted.removed))
-    epsilon = torch.maximum(((g_hat - g).exp() - 1).abs().amax(1), ((h - h_hat).exp() - 1).abs().amax(1))
+    output = explainer(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
+    predicted = output.kept, output.removed
+    exact = exact_meta_attribution(classifier, pixel_values, config.grid_size, config.hops)
     maps = [
-        transfer(k, r, classifier, class_idx, rule, config.grid_size, config.hops)
-        for k, r in ((predicted.kept, predicted.removed), (kept, removed))
+        transfer(kept, removed, classifier, class_idx, rule, config.grid_size, config.hops)
+        for kept, removed in (predicted, exact)
     ]
     return {
         "spearman": spearman(*maps),
         "pearson": pearson(*maps),
-        "kept_error": relative_error(predicted.kept, kept, empty),
-        "removed_error": relative_error(predicted.removed, removed, seen.embeddings.unsqueeze(1)),
-        "epsilon": epsilon,
-        "bound": torch.where(epsilon < 1, -2 * torch.log1p(-epsilon.clamp(max=1)), math.inf),
-        "error": ((g_hat - h_hat) - (g - h)).abs().mean(1),
+        **prediction_errors(classifier, pixel_values, class_idx, predicted, exact),
         "tve": maps[0].unflatten(1, config.grid_shape),
         "exact": maps[1].unflatten(1, config.grid_shape),
     }

@@ -236,8 +236,9 @@ def split_classifier(
             name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=trust_remote_code
         )
         return split_classifier(loaded, image_processor)
-    if model.training:
-        raise ValueError(f"{type(model).__name__} is in train mode, where dropout is active; call model.eval() first.")
+    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(f"{training[0]} is in train mode, where dropout is active; call model.eval() first.")
 
     probe = probe_like(model, image_processor)
     logits, calls = trace(model, probe)

@@ -71,6 +71,8 @@ def fidelity(
         raise ValueError("The scores hold NaN or infinity, so patches cannot be ranked by them.")
     if len(scores) != len(pixel_values):
         raise ValueError(f"{len(scores)} maps were given for {len(pixel_values)} images; pass one map for each.")
+    if len(pixel_values) == 0:
+        raise ValueError("pixel_values holds no image; pass a batch of at least one.")
     if not 2 <= num_levels <= num_patches + 1:
         raise ValueError(
             f"num_levels = {num_levels} must lie between 2 and the number of patches + 1, {num_patches + 1}."

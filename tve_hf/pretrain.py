@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
-from .attribution import exact_meta_attribution, relative_error, spearman, transfer
+from .attribution import exact_meta_attribution, prediction_errors, spearman, transfer
 from .classifiers import SplitClassifier, split_classifier
 from .configuration_tve import TVEConfig
 from .images import load_image
@@ -99,15 +99,15 @@ def validate(explainer: TVEExplainer, classifier: SplitClassifier, pixel_values:
     config = explainer.config
     output = classifier(pixel_values)
     class_idx = output.logits.argmax(-1)
-    predicted = explainer(pixel_values=pixel_values, features=output.features, embeddings=output.embeddings)
-    kept, removed = exact_meta_attribution(classifier, pixel_values, config.grid_size, config.hops)
-    exact_scores = transfer(kept, removed, classifier, class_idx, "log_prob")
-    scores = transfer(predicted.kept, predicted.removed, classifier, class_idx, "log_prob")
-    empty = classifier.embed(torch.zeros_like(pixel_values[:1]))
+    found = explainer(pixel_values=pixel_values, features=output.features, embeddings=output.embeddings)
+    predicted = found.kept, found.removed
+    exact = exact_meta_attribution(classifier, pixel_values, config.grid_size, config.hops)
+    errors = prediction_errors(classifier, pixel_values, class_idx, predicted, exact)
+    scores = [transfer(kept, removed, classifier, class_idx, "log_prob") for kept, removed in (predicted, exact)]
     return {
-        "kept_error": relative_error(predicted.kept, kept, empty).mean().item(),
-        "removed_error": relative_error(predicted.removed, removed, output.embeddings.unsqueeze(1)).mean().item(),
-        "spearman": spearman(scores, exact_scores).nanmedian().item(),
+        "kept_error": errors["kept_error"].mean().item(),
+        "removed_error": errors["removed_error"].mean().item(),
+        "spearman": spearman(*scores).nanmedian().item(),
     }
 
 

@@ -38,14 +38,13 @@ def logits_of(output: Any) -> Tensor:
 def as_map(value: Tensor | None, height: int, width: int) -> Tensor | None:
     """See a module's output as a feature map (B, C, h, w) of an image of that height and width, or return None.
 
-    Channels-first and channels-last maps are told apart by which of them tiles the image with square cells.
+    Channels-first and channels-last maps are told apart by which of them tiles the image with the squarer cells.
     """
     if value is None:
         return None
-    if value.ndim == 4 and is_grid(value.shape[2], value.shape[3], height, width):
-        return value
-    if value.ndim == 4 and is_grid(value.shape[1], value.shape[2], height, width):
-        return value.permute(0, 3, 1, 2)
+    if value.ndim == 4:
+        maps = [m for m in (value, value.permute(0, 3, 1, 2)) if is_grid(m.shape[2], m.shape[3], height, width)]
+        return min(maps, key=lambda m: abs(height * m.shape[3] - width * m.shape[2]), default=None)
     grid = token_grid(value.shape[1], height, width) if value.ndim == 3 else None
     return None if grid is None else value[:, grid[0] :].transpose(1, 2).unflatten(2, grid[1:])
 

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Train, measure and describe the checkpoints that the package ships. About three hours on two CPU cores.
+#
+#   examples/shipped_checkpoints.sh DATA MODELS
+#
+# DATA holds parquet image sets (tiny_imagenet, cats_vs_dogs, imagenet_samples), MODELS the pretrained MobileNets.
+set -euo pipefail
+data=$1 models=$2
+checkpoints=tve_hf/checkpoints
+results=model_cards/results
+vit=$checkpoints/vit-tiny-tiny-imagenet
+pets=$checkpoints/vit-tiny-cats-vs-dogs
+explainer=$checkpoints/tve-vit-tiny-tiny-imagenet
+runs=runs # checkpoints of interrupted training stay here
+
+ship() { # copy what a checkpoint needs from its run
+    mkdir -p "$2"
+    for file in config.json model.safetensors preprocessor_config.json training.json; do
+        install -m 644 "$1/$file" "$2/$file"
+    done
+}
+
+python examples/distill_vit.py --train_files "$data/tiny_imagenet/train-*.parquet" \
+    --test_files "$data/tiny_imagenet/test-*.parquet" --teacher "$models/mobilenet_v2_1.0_224_imagenet" \
+    --output_dir $runs/vit
+ship $runs/vit $vit
+
+python examples/tune_head.py --classifier $vit --train_files "$data/cats_vs_dogs/train-*.parquet" \
+    --test_files "$data/cats_vs_dogs/test-*.parquet" --output_dir $runs/pets
+ship $runs/pets $pets
+
+tve-hf pretrain --classifier $vit --train_files "$data/tiny_imagenet/train-*.parquet" \
+    --validation_files "$data/tiny_imagenet/test-*.parquet" --output_dir $runs/explainer --grid_size 8 --hops 1
+ship $runs/explainer $explainer
+
+python examples/study_rules.py --output_file $results/rules.json \
+    --case $vit 8 1 "$data/tiny_imagenet/test-*.parquet" $explainer \
+    --case "$models/mobilenet_v1_0.5_160_imagenet" 10 1 "$data/imagenet_samples/test-*.parquet" none
+
+for task in tiny_imagenet cats_vs_dogs; do
+    classifier=$([ $task = tiny_imagenet ] && echo $vit || echo $pets)
+    tve-hf evaluate --classifier "$classifier" --model $explainer --num_images 400 \
+        --test_files "$data/$task/test-*.parquet" --output_file $results/$task.json
+done
+
+for folder in $vit $pets; do
+    tve-hf card $folder --output "model_cards/$(basename $folder).md"
+done
+tve-hf card $explainer --results $results/tiny_imagenet.json $results/cats_vs_dogs.json \
+    --output "model_cards/$(basename $explainer).md"
+tve-hf explain --output docs
+rm docs/chelsea.json

@@ -1,0 +1,65 @@
+"""A classifier and its explainer, small, random and saved, for the tests of what is built on both."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from tve_hf import SplitClassifier, TVEExplainer, split_classifier
+from tve_hf.pretrain import config_for
+
+LABELS = ["tabby, tabby cat", "Egyptian cat", "Cardigan, Welsh corgi", "cardigan", "crane", "crane", "sports car"]
+SIDE, GRID, HOPS = 32, 4, 1
+
+
+def save_classifier(folder: Path, seed: int = 0, processor: dict | None = None, **config) -> Path:
+    """Save a ViT of one layer on 32 x 32 pixels and its processor, which resizes unless told otherwise."""
+    torch.manual_seed(seed)
+    settings = {
+        "image_size": SIDE,
+        "patch_size": 8,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "initializer_range": 0.2,
+        "id2label": dict(enumerate(LABELS)),
+        "label2id": {label: index for index, label in enumerate(LABELS)},
+    }
+    model = ViTForImageClassification(ViTConfig(**(settings | config)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(**({"size": {"height": SIDE, "width": SIDE}} | (processor or {}))).save_pretrained(folder)
+    return folder
+
+
+def make_explainer(classifier: SplitClassifier, **changes) -> TVEExplainer:
+    """Make an explainer for this classifier whose maps are not constant."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = config_for(classifier, grid_size=GRID, hops=HOPS, **sizes)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(1)
+    explainer = TVEExplainer(config).eval()
+    with torch.no_grad():
+        explainer.empty_embedding.copy_(classifier.embed(torch.zeros_like(classifier.probe()))[0])
+        explainer.trunk.differences.weight.normal_(std=0.2)
+    return explainer
+
+
+def save_pair(folder: Path, **classifier_settings) -> tuple[Path, Path]:
+    """Save a classifier and its explainer; return their folders."""
+    classifier = save_classifier(folder / "classifier", **classifier_settings)
+    explainer = make_explainer(split_classifier(classifier))
+    explainer.save_pretrained(folder / "explainer")
+    return classifier, folder / "explainer"
+
+
+def noise_image(seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
+    """A coarse random picture, so that images differ after a resize too."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
