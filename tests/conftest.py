@@ -221,3 +221,12 @@ def shared_models_dir() -> Path:
     if not path.is_dir():
         pytest.skip("needs the classifiers in ../shared/models")
     return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the real image sets, next to the repository."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not path.exists():
+        pytest.skip("needs the images in ../shared/data")
+    return path

@@ -60,7 +60,8 @@ def cnn(shared_model) -> SplitClassifier:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("height", "width", "grid_size", "hops"), [(32, 32, 4, 1), (24, 40, (3, 5), 1), (24, 40, (3, 5), 2), (16, 16, 2, 0)]
+    ("height", "width", "grid_size", "hops"),
+    [(32, 32, 4, 1), (24, 40, (3, 5), 1), (24, 40, (3, 5), 2), (16, 16, 2, 0)],
 )
 def test_exact_meta_attribution_equals_a_loop(cnn, images, height, width, grid_size, hops) -> None:
     rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
@@ -370,20 +371,19 @@ def test_verify_equals_numbers_worked_out_with_scipy(cnn, images, rule, pointwis
     exact = exact_meta_attribution(cnn, pixel_values, 4, 1)
     generator = torch.Generator().manual_seed(5)
     predicted = tuple(e + 0.1 * torch.randn(e.shape, generator=generator) for e in exact)
-    found = verify(
-        cnn, pixel_values, *predicted, class_idx, num_patches, rule, 4, 1, torch.Generator().manual_seed(3)
-    )
+    found = verify(cnn, pixel_values, *predicted, class_idx, num_patches, rule, 4, 1, torch.Generator().manual_seed(3))
     n = min(num_patches, 16)
     patch_idx = sample_patches(2, 16, n, torch.Generator().manual_seed(3))
     full, empty = (cnn.embed(x).detach().numpy() for x in (pixel_values, 0 * pixel_values))
     for b in range(2):
         assert found[b].num_patches == n
         g, h, g_hat, h_hat = (e[b, patch_idx[b]] for e in (*exact, *predicted))
-        scores = [_formula(pointwise, *pair, cnn.head.module, int(class_idx[b]), (4, 4)) for pair in ((g, h), (g_hat, h_hat))]
+        y = int(class_idx[b])
+        scores = [_formula(pointwise, *pair, cnn.head.module, y, (4, 4)) for pair in ((g, h), (g_hat, h_hat))]
         assert found[b].pearson == pytest.approx(stats.pearsonr(*scores).statistic, abs=1e-4)
         assert found[b].spearman == pytest.approx(stats.spearmanr(*scores).statistic, abs=1e-4)
 
-        def probability(embeddings: Tensor, y: int = int(class_idx[b])) -> np.ndarray:
+        def probability(embeddings: Tensor, y: int = y) -> np.ndarray:
             return torch.softmax(cnn.head(embeddings).detach().double(), -1)[:, y].numpy()
 
         ratios = np.stack([probability(g_hat) / probability(g), probability(h) / probability(h_hat)])

@@ -174,8 +174,10 @@ def _apply(how: Rule, kept: Tensor, removed: Tensor, classifier: SplitClassifier
         index = classes.unsqueeze(1).expand(-1, evidence.shape[1], -1)
         chosen = evidence.gather(-1, index).transpose(1, 2)  # (B, K, N)
         if how.standardized:
-            chosen = chosen - chosen.mean(-1, keepdim=True)
-            chosen = chosen / chosen.std(-1, keepdim=True, correction=0).clamp(min=1e-6)
+            spread = chosen.std(-1, keepdim=True, correction=0)
+            constant = spread <= 1e-5 * chosen.abs().amax(-1, keepdim=True)  # but for rounding, not to be blown up
+            chosen = (chosen - chosen.mean(-1, keepdim=True)) / spread.clamp(min=1e-6)
+            chosen = chosen.masked_fill(constant, 0)
         return chosen
 
     return part(kept) - part(removed) if how.kept else -part(removed)

@@ -1,6 +1,5 @@
 """Judge an explainer and its rivals on held-out images: agreement with the exact attribution, and fidelity."""
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from .fidelity import fidelity
 from .images import load_image
 from .modeling_tve import TVEExplainer
 from .patches import REMOVALS
+from .strict_json import dumps
 
 
 @dataclass
@@ -122,7 +122,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
     }
     path = Path(args.output_file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1).replace("Infinity", '"inf"') + "\n")
+    path.write_text(dumps(report, indent=1) + "\n")
     return report
 
 

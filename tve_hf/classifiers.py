@@ -242,6 +242,11 @@ def split_classifier(
 
     probe = probe_like(model, image_processor)
     logits, calls = trace(model, probe)
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            f"{getattr(getattr(model, 'config', None), '_name_or_path', None) or type(model).__name__} gives NaN or "
+            "infinite logits for plain noise: download or train it again, or load it in float32."
+        )
     head_call = find_head(logits, calls)
     feature_names = find_features(calls, head_call.name, *probe.shape[-2:])
     del calls

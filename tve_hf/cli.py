@@ -1,7 +1,6 @@
 """The command line: tve-hf explain | pretrain | evaluate | card."""
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -9,6 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from .strict_json import dumps
 
 
 def _default_photograph() -> Any:
@@ -34,11 +35,12 @@ def _write(path: Path, save: Callable[[Path], Any]) -> None:
 
 def _stem(image: str, taken: set[str]) -> str:
     """A file name for an image's results, different from those already taken."""
-    base = Path(image.split("?")[0].rstrip("/")).stem[:100] or "image"
+    # Names end at 255 bytes, with room for the endings; case makes no difference on some systems.
+    base = Path(image.split("?")[0].rstrip("/")).stem[:50] or "image"
     name, number = base, 2
-    while name in taken:
+    while name.lower() in taken:
         name, number = f"{base}-{number}", number + 1
-    taken.add(name)
+    taken.add(name.lower())
     return name
 
 
@@ -55,58 +57,79 @@ def explain(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON line for each image instead of text")
     args = parser.parse_args(arguments)
 
-    start = time.perf_counter()
     from tqdm.auto import tqdm
-    from transformers import pipeline
     from transformers.utils import logging
 
-    from . import DEFAULT_EXPLAINER
-
     logging.disable_progress_bar()
-    imported = time.perf_counter() - start
-    options: dict[str, Any] = {"classifier": args.classifier} if args.classifier else {}
     asked = {"label": args.label, "top_k": args.top_k, "verify": args.verify}
-    asked = {name: value for name, value in asked.items() if value is not None}
     images: list[tuple[str, Any]] = [(image, image) for image in args.images]
     if not images:
         images = [("chelsea.png", _default_photograph())]
     start = time.perf_counter()
-    explainer = pipeline("transferable-attribution", model=args.model or str(DEFAULT_EXPLAINER), **options, **asked)
+    explainer = _pipeline(args.model, args.classifier, {k: v for k, v in asked.items() if v is not None})
     args.output.mkdir(parents=True, exist_ok=True)
 
     failed = 0
     taken: set[str] = set()
     for name, image in tqdm(images, unit="image", disable=len(images) == 1 or not sys.stderr.isatty()):
         try:
-            results = explainer(image)
-        except (ValueError, TypeError, OSError) as error:
+            record = _save(name, explainer(image), args.output, _stem(name, taken))
+        except Exception as error:  # whatever is wrong with one image, the others are still explained
             failed += 1
-            tqdm.write(f"tve-hf: {error}", file=sys.stderr)
+            text = _sentence(error)
+            # The name may be a whole image in base64, which messages shorten.
+            tqdm.write(f"tve-hf: {text}" if name[:50] in text else f"tve-hf: {name!r}: {text}", file=sys.stderr)
             continue
-        stem = _stem(name, taken)
-        record: dict[str, Any] = {"image": name, "explanations": []}
-        for rank, result in enumerate(results):
-            path = args.output / (f"{stem}.png" if len(results) == 1 else f"{stem}.{rank + 1}.png")
-            _write(path, result.pop("overlay").save)
-            del result["heatmap"]
-            result["attribution"] = result["attribution"].tolist()
-            record["explanations"].append({**result, "overlay": str(path)})
-        text = json.dumps(record)
-        _write(args.output / f"{stem}.json", partial(Path.write_text, data=text + "\n"))
         if args.json:
-            print(text)
+            tqdm.write(dumps(record))
             continue
         for result in record["explanations"]:
-            print(f"{name}: {result['label']} ({result['score']:.1%}) -> {result['overlay']} [rule {result['rule']}]")
+            tqdm.write(
+                f"{name}: {result['label']} ({result['score']:.1%}) -> {result['overlay']} [rule {result['rule']}]"
+            )
             if "verification" in result:
                 found = result["verification"]
-                print(
+                tqdm.write(
                     f"  against the exact scores of {found['num_patches']} patches: Spearman {found['spearman']:.2f}"
                 )
     if not args.json:
         work = time.perf_counter() - start
-        print(f"{len(images) - failed} of {len(images)} images in {work:.2f} s, after {imported:.1f} s of imports")
+        print(f"{len(images) - failed} of {len(images)} images in {work:.2f} s, loading the models included")
     return 1 if failed else 0
+
+
+def _pipeline(model: str | None, classifier: str | None, options: dict[str, Any]) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers import AutoModel, pipeline
+
+    from . import DEFAULT_EXPLAINER
+
+    name = model or str(DEFAULT_EXPLAINER)
+    try:
+        # Loaded here, since `pipeline` puts a traceback into the message of what goes wrong.
+        explainer = AutoModel.from_pretrained(name)
+        return pipeline("transferable-attribution", model=explainer, classifier=classifier, **options)
+    except (RuntimeError, SafetensorError, StrictDataclassError) as error:
+        folders = " or ".join(filter(None, (name, classifier)))
+        raise ValueError(f"{folders} cannot be loaded; check its files or fetch it again: {_sentence(error)}") from error
+
+
+def _save(image: str, results: list[dict[str, Any]], folder: Path, stem: str) -> dict[str, Any]:
+    """Write the overlays of one image and, last, its JSON; return what that says."""
+    record: dict[str, Any] = {"image": image, "explanations": []}
+    for rank, result in enumerate(results, 1):
+        path = folder / (f"{stem}.png" if len(results) == 1 else f"{stem}.{rank}.png")
+        _write(path, result["overlay"].save)
+        told = {key: value for key, value in result.items() if key not in ("overlay", "heatmap")}
+        record["explanations"].append(told | {"attribution": result["attribution"].tolist(), "overlay": str(path)})
+    _write(folder / f"{stem}.json", partial(Path.write_text, data=dumps(record) + "\n"))
+    return record
+
+
+def _sentence(error: Exception) -> str:
+    """The message of an error on one line, or its name if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def pretrain(arguments: list[str]) -> int:
@@ -129,7 +152,7 @@ def evaluate(arguments: list[str]) -> int:
     from .benchmark import evaluate as run
 
     (args,) = HfArgumentParser(EvaluateArguments, prog="tve-hf evaluate").parse_args_into_dataclasses(arguments)
-    print(json.dumps(run(args)["summary"], indent=1))
+    print(dumps(run(args)["summary"], indent=1))
     return 0
 
 
@@ -158,14 +181,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; a user's mistake ends with one sentence and exit code 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] not in COMMANDS:
-        print("usage: tve-hf COMMAND ...\n")
+        helped = arguments[:1] in (["-h"], ["--help"])
+        stream = sys.stdout if helped else sys.stderr
+        print("usage: tve-hf COMMAND ...\n", file=stream)
         for name, command in COMMANDS.items():
-            print(f"  {name:10} {(command.__doc__ or '').splitlines()[0]}")
-        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+            print(f"  {name:10} {(command.__doc__ or '').splitlines()[0]}", file=stream)
+        if arguments and not helped:
+            print(f"\ntve-hf: {arguments[0]!r} is not a command; choose one of the above.", file=stream)
+        return 0 if helped else 2
     try:
         return COMMANDS[arguments[0]](arguments[1:])
+    except ImportError as error:
+        print(f"tve-hf: {_sentence(error)}; run `pip install tve_hf[train]`.", file=sys.stderr)
+        return 1
     except (ValueError, TypeError, OSError) as error:
-        print(f"tve-hf: {error}", file=sys.stderr)
+        print(f"tve-hf: {_sentence(error)}", file=sys.stderr)
         return 1
 
 

@@ -1,15 +1,19 @@
 """The transformers pipeline "transferable-attribution": images in, signed maps and pictures out."""
 
 import difflib
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, Pipeline, PreTrainedModel
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import ModelOutput, logging
@@ -18,7 +22,7 @@ from .attribution import DEFAULT_RULE, rule_named, transfer, verify
 from .classifiers import SplitClassifier, split_classifier
 from .fingerprint import match
 from .images import load_image, seen_region
-from .visualization import heatmap, overlay
+from .visualization import Region, heatmap, overlay
 
 logger = logging.get_logger(__name__)
 
@@ -64,6 +68,11 @@ class TransferableAttributionPipeline(Pipeline):
         image_processor: BaseImageProcessor | None = None,
         **kwargs: Any,
     ):
+        if model.config.model_type != "tve":
+            raise ValueError(
+                f"model={model.name_or_path or type(model).__name__!r} is no explainer, but a {type(model).__name__}; "
+                "pass a TVEExplainer as model=, and what it is to explain as classifier=."
+            )
         if classifier is None:
             if Path(model.name_or_path) != DEFAULT_EXPLAINER:
                 raise ValueError(
@@ -83,11 +92,15 @@ class TransferableAttributionPipeline(Pipeline):
         super().__init__(model, image_processor=image_processor, **kwargs)
         self.classifier.to(self.device)
         self._check_fit()
-        self._region = lru_cache(maxsize=256)(partial(seen_region, image_processor))
+        self._regions: dict[tuple[int, int], Region] = {}  # by size of image
 
     def _check_fit(self) -> None:
         """Refuse an explainer of another backbone; warn of one whose weights have changed since."""
         config, classifier = self.model.config, self.classifier
+        if classifier.training:
+            raise ValueError(
+                f"{classifier.name} is in train mode, where dropout is active; call classifier.eval() first."
+            )
         explainer = f"The explainer {self.model.name_or_path or type(self.model).__name__}"
         remedy = f"use an explainer pre-trained for {classifier.name}, or pre-train one with `tve-hf pretrain`"
         if config.embedding_dim != classifier.embedding_dim:
@@ -120,9 +133,10 @@ class TransferableAttributionPipeline(Pipeline):
                     f"{classifier.name} has other backbone weights than {config.backbone_name!r}, which the explainer "
                     "was pre-trained for, as after full fine-tuning: expect worse maps, and check them with verify=16."
                 )
-        bad = [name for name, weight in self.model.state_dict().items() if not torch.isfinite(weight).all()]
-        if bad:
-            raise ValueError(f"{explainer} holds NaN or infinity in {bad[0]}; download or train it again.")
+        for owner, module in ((explainer, self.model), (f"The classifier {classifier.name}", classifier)):
+            bad = [name for name, weight in module.state_dict().items() if not torch.isfinite(weight).all()]
+            if bad:
+                raise ValueError(f"{owner} holds NaN or infinity in {bad[0]}; download or train it again.")
 
     def _sanitize_parameters(
         self,
@@ -140,17 +154,19 @@ class TransferableAttributionPipeline(Pipeline):
         if top_k is not None:
             if top_k < 1:
                 raise ValueError(f"top_k is {top_k}; ask for at least one class.")
-            forward["top_k"] = top_k
+            forward |= {"top_k": top_k, "classes": None}
         if label is not None:
             forward["classes"] = [self._index_of(name) for name in ([label] if isinstance(label, str) else label)]
         if class_idx is not None:
-            forward["classes"] = [class_idx] if isinstance(class_idx, int) else [int(index) for index in class_idx]
+            forward["classes"] = [operator.index(index) for index in np.atleast_1d(class_idx).tolist()]
             outside = [index for index in forward["classes"] if index not in self.classifier.id2label]
             if outside:
                 raise ValueError(
                     f"class_idx {outside[0]} is not a class of {self.classifier.name}, which has "
                     f"{len(self.classifier.id2label)}, counted from 0."
                 )
+        if forward.get("classes") == []:
+            raise ValueError("No class was given; pass at least one as class_idx or label, or neither of them.")
         if rule is not None:
             rule_named(rule)
             forward["rule"] = rule
@@ -161,23 +177,32 @@ class TransferableAttributionPipeline(Pipeline):
         return preprocess, forward, {}
 
     def _index_of(self, label: str) -> int:
-        """Find a class by its name, or by one of the comma-separated synonyms in it, whatever the case."""
+        """Find a class by its name or, failing that, by one of the comma-separated synonyms in a name, in any case."""
         wanted = label.strip().lower()
-        names: dict[str, int] = {}
+        names: dict[str, list[int]] = {}
+        synonyms: dict[str, list[int]] = {}
         for index, name in self.classifier.id2label.items():
-            for part in (name, *name.split(",")):
-                names.setdefault(part.strip().lower(), index)
-        if wanted not in names:
-            near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5) or [n for n in names if wanted in n][:3]
+            names.setdefault(name.strip().lower(), []).append(index)
+            for part in name.split(","):
+                synonyms.setdefault(part.strip().lower(), []).append(index)
+        found = names.get(wanted) or synonyms.get(wanted)
+        if not found:
+            known = names | synonyms
+            near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5) or [n for n in known if wanted in n][:3]
             hint = f"; did you mean {', '.join(repr(n) for n in near)}?" if near else "; see classifier.id2label."
             raise ValueError(f"{label!r} is not a class of {self.classifier.name}{hint}")
-        return names[wanted]
+        if len(found) > 1:
+            raise ValueError(
+                f"{label!r} names the classes {', '.join(f'{i} ({self.classifier.id2label[i]})' for i in found)} of "
+                f"{self.classifier.name}; pass one of them as class_idx."
+            )
+        return found[0]
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Explain one image, or several.
 
         Args:
-            inputs: a path, URL, base64 string, PIL image, array or tensor; a list or generator of those; or a
+            inputs: a path, URL, base64 string, PIL image, array or tensor; a list, tuple or iterator of those; or a
                 `datasets` column or `KeyDataset`.
             top_k: explain the k most probable classes (1 by default).
             class_idx: explain this class or these classes instead.
@@ -192,15 +217,18 @@ class TransferableAttributionPipeline(Pipeline):
             where the images come one by one.
 
         Raises:
-            ValueError: If there is no image, an image cannot be read, or a class does not exist.
+            ValueError, TypeError, OSError: If there is no image, an image cannot be read, or a class does not exist.
         """
-        if inputs is None or (isinstance(inputs, (list, tuple)) and not inputs):
-            raise ValueError("No image was given; pass a path, URL, PIL image or array, or a list of them.")
-        if type(inputs).__module__.startswith("datasets."):  # a column, decoded row by row
-            inputs = KeyDataset(inputs.source, inputs.column_name)
-        elif isinstance(inputs, os.PathLike):
-            inputs = os.fspath(inputs)
-        return super().__call__(inputs, **kwargs)
+        return super().__call__(_images_of(inputs), **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the explainer and the image processor; the classifier is not part of it.
+
+        Unlike in other custom pipelines no code is copied, for that could only be loaded with `trust_remote_code`:
+        to load it, import `tve_hf`.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.image_processor.save_pretrained(save_directory, **kwargs)
 
     def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
         picture = load_image(image, timeout)
@@ -262,7 +290,9 @@ class TransferableAttributionPipeline(Pipeline):
         result = model_outputs["results"]
         result = result[0] if isinstance(result, list) else result
         picture = result["image"]
-        region = self._region(picture.size)
+        if picture.size not in self._regions:
+            self._regions[picture.size] = seen_region(self.image_processor, picture.size)
+        region = self._regions[picture.size]
         explanations = []
         for k, index in enumerate(result["class_idx"].tolist()):
             attribution = result["attribution"][k].numpy()
@@ -280,3 +310,65 @@ class TransferableAttributionPipeline(Pipeline):
                 explanation["verification"] = asdict(result["verification"][k])
             explanations.append(explanation)
         return explanations
+
+
+def _images_of(inputs: Any) -> Any:
+    """Bring inputs into a form that every transformers pipeline knows; refuse to explain no image at all."""
+    if isinstance(inputs, os.PathLike):
+        return os.fspath(inputs)
+    if isinstance(inputs, KeyDataset):
+        inputs = _Rows(inputs, inputs.key)
+    elif type(inputs).__module__.startswith("datasets."):
+        if not hasattr(inputs, "column_name"):
+            raise TypeError(f"A {type(inputs).__name__} was given; pass its column of images, like dataset['image'].")
+        has_length = hasattr(inputs, "__len__")
+        inputs = _Rows(inputs, inputs.column_name) if has_length else _rows_of(inputs, inputs.column_name)
+    if isinstance(inputs, Iterator):
+        first = next(inputs, None)
+        inputs = [] if first is None else _chain(first, inputs)
+    elif isinstance(inputs, tuple):
+        inputs = list(inputs)
+    if inputs is None or (isinstance(inputs, (list, Dataset)) and hasattr(inputs, "__len__") and not len(inputs)):
+        raise ValueError("No image was given; pass a path, URL, PIL image or array, or a list of them.")
+    return inputs
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+@contextmanager
+def _naming(row: int, column: str) -> Iterator[None]:
+    """Say which row of a column it is that cannot be decoded."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises all of them
+        raise ValueError(f"Row {row} of column {column!r} holds no image that can be read ({error}).") from error
+
+
+class _Rows(Dataset):
+    """A column of images, decoded row by row."""
+
+    def __init__(self, column: Any, name: str):
+        self.column = column
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __getitem__(self, row: int) -> Any:
+        with _naming(row, self.name):
+            return self.column[row]
+
+
+def _rows_of(column: Iterable[Any], name: str) -> Iterator[Any]:
+    """The images of a streamed column, one by one."""
+    images, end, row = iter(column), object(), 0
+    while True:
+        with _naming(row, name):
+            image = next(images, end)
+        if image is end:
+            return
+        yield image
+        row += 1

@@ -1,11 +1,13 @@
 """Exact meta-attribution by brute force, 2 N masked passes an image: what TVE predicts (arXiv 2312.15359, Eq. 6)."""
 
+import torch
 from torch import Tensor
 
 from ..attribution import DEFAULT_RULE, exact_meta_attribution, transfer
 from ..classifiers import SplitClassifier
 
 
+@torch.no_grad()
 def explain(
     classifier: SplitClassifier,
     pixel_values: Tensor,

@@ -1,10 +1,14 @@
 """Grad-CAM (Selvaraju et al., arXiv 1610.02391) on any feature map: of a CNN, or patch tokens of a transformer."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..classifiers import SplitClassifier
+from ..splitting import as_map, first_tensor, hooked
 
 
 def explain(
@@ -24,14 +28,31 @@ def explain(
         scores (B, rows, cols), at least 0, resampled from the map to the grid.
 
     Raises:
-        ValueError: If no feature map has a gradient, as under `torch.no_grad`.
+        ValueError: If no feature map has a gradient.
     """
-    with torch.enable_grad():
-        output = classifier(pixel_values.detach().requires_grad_())
-        logits = output.logits.gather(1, class_idx.unsqueeze(1)).sum()
-        maps = output.features[: layer + 1 or None]
-        gradients = torch.autograd.grad(logits, maps, allow_unused=True)
-    used = [(m, g) for m, g in zip(maps, gradients, strict=True) if g is not None and g.any()]
+    # Gradients are asked of the modules' own outputs: a map made of tokens is a view beside the way to the logits.
+    names = classifier.backbone.feature_names
+    outputs: dict[str, Tensor] = {}
+
+    def hooks() -> Iterator[Any]:
+        for name in names:
+
+            def keep_output(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
+                value = first_tensor(output)
+                if value is not None:
+                    outputs[name] = value
+
+            yield classifier.backbone.model.get_submodule(name).register_forward_hook(keep_output)
+
+    with torch.enable_grad(), hooked(hooks()):
+        logits = classifier(pixel_values.detach().requires_grad_()).logits
+        values = [outputs[name] for name in names][: layer + 1 or None]
+        gradients = torch.autograd.grad(
+            logits.gather(1, class_idx.unsqueeze(1)).sum(), values, allow_unused=True, materialize_grads=True
+        )
+    height, width = pixel_values.shape[-2:]
+    maps = [(as_map(v, height, width), as_map(g, height, width)) for v, g in zip(values, gradients, strict=True)]
+    used = [(m, g) for m, g in maps if m is not None and g is not None and g.any()]
     if not used:
         raise ValueError(
             f"No feature map of {classifier.name} reaches the logits by a gradient; Grad-CAM cannot serve it."

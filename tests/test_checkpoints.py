@@ -1,0 +1,100 @@
+"""What ships: small enough, consistent with its cards and reports, and above the bars that it was made for."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForImageClassification
+
+import tve_hf
+from tve_hf.benchmark import EvaluateArguments, agreement, evaluate
+from tve_hf.model_card import render_card
+from tve_hf.pipeline_tve import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "model_cards" / "results"
+PETS = CHECKPOINTS / "vit-tiny-cats-vs-dogs"
+TASKS = {"tiny_imagenet": DEFAULT_CLASSIFIER, "cats_vs_dogs": PETS}
+
+pytestmark = pytest.mark.skipif(not DEFAULT_EXPLAINER.exists(), reason="no shipped checkpoints in this checkout")
+
+
+def test_checkpoints_are_small_safetensors_only():
+    files = [path for path in CHECKPOINTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 16 * 2**20
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+
+
+def test_both_tasks_share_one_backbone_that_the_explainer_knows():
+    config = AutoModel.from_pretrained(DEFAULT_EXPLAINER).config
+    weights = [AutoModelForImageClassification.from_pretrained(folder).vit.state_dict() for folder in TASKS.values()]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for folder in TASKS.values():
+        classifier = tve_hf.split_classifier(folder)
+        assert tve_hf.fingerprint.match(config.backbone_fingerprint, classifier.fingerprint()) == "same weights"
+
+
+def test_empty_embedding_is_that_of_the_empty_image():
+    explainer = AutoModel.from_pretrained(DEFAULT_EXPLAINER)
+    classifier = tve_hf.split_classifier(DEFAULT_CLASSIFIER)
+    empty = classifier.embed(torch.zeros(1, 3, *explainer.config.image_shape))[0]
+    assert torch.allclose(explainer.empty_embedding, empty, atol=5e-3)  # fp16 on disk
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_reports_reach_the_bars(task):
+    report = json.loads((RESULTS / f"{task}.json").read_text())
+    per_image, summary = report["per_image"], report["summary"]
+    assert report["num_images"] >= 300
+    assert report["settings"]["rule"] == tve_hf.DEFAULT_RULE
+    assert torch.tensor(per_image["spearman"]).median() >= 0.7
+
+    def gap(name):
+        return torch.tensor(per_image[f"{name}/zero/plus"]) - torch.tensor(per_image[f"{name}/zero/minus"])
+
+    assert gap("tve").mean() >= 0.8 * gap("exact").mean()
+    low, _ = summary["fidelity"]["zero"]["tve"]["gap_above_random"]
+    assert 0 < low < (gap("tve") - gap("random")).mean()
+
+
+@pytest.mark.parametrize("folder", [*TASKS.values(), DEFAULT_EXPLAINER], ids=lambda folder: folder.name)
+def test_card_is_what_the_reports_say(folder):
+    results = [RESULTS / f"{task}.json" for task in TASKS] if folder == DEFAULT_EXPLAINER else []
+    card = (ROOT / "model_cards" / f"{folder.name}.md").read_text()
+    assert str(render_card(folder, results)).strip() == card.strip()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_report_is_what_the_checkpoints_give(task, shared_data, tmp_path):
+    report = json.loads((RESULTS / f"{task}.json").read_text())
+    settings = report["settings"] | {
+        "classifier": str(TASKS[task]),
+        "model": str(DEFAULT_EXPLAINER),
+        "test_files": [str(path) for path in (shared_data / task).glob("test-*.parquet")],
+        "num_images": 20,
+        "methods": ["rollout"],
+        "removals": ["zero"],
+        "output_file": str(tmp_path / "report.json"),
+    }
+    again = evaluate(EvaluateArguments(**settings))["per_image"]
+    for key, values in again.items():
+        assert values == pytest.approx(report["per_image"][key][:20], abs=5e-3), key
+
+
+def test_explainer_reads_the_image_not_only_its_place(shared_data):
+    """Its maps follow their own image: they agree with its exact map better than the mean map does."""
+    from datasets import load_dataset
+
+    files = [str(path) for path in (shared_data / "tiny_imagenet").glob("test-*.parquet")]
+    rows = load_dataset("parquet", data_files=files, split="train")[-24:]
+    classifier = tve_hf.split_classifier(DEFAULT_CLASSIFIER)
+    images = [image.convert("RGB") for image in rows["image"]]
+    pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
+    class_idx = classifier(pixel_values).logits.argmax(-1)
+    found = agreement(classifier, AutoModel.from_pretrained(DEFAULT_EXPLAINER), pixel_values, class_idx, "log_prob")
+    mean_map = found["exact"].mean(0, keepdim=True).expand_as(found["exact"])
+    assert (
+        found["spearman"].median()
+        > 0.2 + tve_hf.attribution.spearman(mean_map.flatten(1), found["exact"].flatten(1)).median()
+    )

@@ -1,0 +1,129 @@
+"""Imports point downwards, and importing the package loads nothing heavy."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "tve_hf"
+
+# A module may import from a smaller number only; members of a sub-package share one, and may import each other.
+LAYERS = {
+    "patches": 0,
+    "fingerprint": 0,
+    "images": 0,
+    "configuration_tve": 0,
+    "strict_json": 0,
+    "splitting": 0.5,
+    "modeling_tve": 1,
+    "classifiers": 1,
+    "visualization": 1,
+    "attribution": 1.5,
+    "fidelity": 1.5,
+    "methods": 2,
+    "metrics": 2,
+    "pipeline_tve": 2,
+    "pretrain": 3,
+    "benchmark": 3,
+    "model_card": 3,
+    "__init__": 4,
+    "cli": 4.5,  # a user of the package's public names
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Extras, and what they bring along: never needed to explain an image.
+HEAVY = ["accelerate", "captum", "datasets", "evaluate", "gradio", "matplotlib", "skimage", "sklearn", "timm"]
+TRAINING = {"benchmark", "pretrain"}
+
+
+def _module(path: Path) -> str:
+    """The entry of `LAYERS` that a file belongs to."""
+    part = path.relative_to(PACKAGE).parts[0]
+    return part.removesuffix(".py")
+
+
+def _imports(path: Path) -> list[tuple[str, int]]:
+    """All imports of a file, also those inside functions, as absolute dotted names, and their lines."""
+    package = ["tve_hf", *path.relative_to(PACKAGE).parts[:-1]]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            base += node.module.split(".") if node.module else []
+            # `from . import x` may name a module or something in __init__.py
+            found += [(".".join([*base, alias.name]), node.lineno) for alias in node.names]
+    return found
+
+
+def _layer_of_import(name: str) -> str:
+    """The entry of `LAYERS` behind an absolute name inside the package."""
+    parts = name.split(".")
+    is_module = len(parts) > 1 and ((PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").is_file())
+    return parts[1] if is_module else "__init__"
+
+
+def test_every_file_has_a_layer() -> None:
+    assert {_module(path) for path in FILES} <= LAYERS.keys()
+    assert len(FILES) > 15
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_imports_upwards(path) -> None:
+    own = _module(path)
+    for name, line in _imports(path):
+        if name.partition(".")[0] == "tve_hf":
+            other = _layer_of_import(name)
+            within = own == other and path.parent != PACKAGE
+            assert within or LAYERS[other] < LAYERS[own], f"{path.name}:{line} imports {name}"
+
+
+@pytest.mark.parametrize("name", ["configuration_tve", "modeling_tve"])
+def test_the_model_can_be_copied_to_the_hub(name) -> None:
+    allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+    for imported, line in _imports(PACKAGE / f"{name}.py"):
+        if imported.startswith("tve_hf."):
+            assert _layer_of_import(imported) in {"configuration_tve", "modeling_tve", "patches"}, f"line {line}"
+        else:
+            assert imported.partition(".")[0] in allowed, f"line {line} imports {imported}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_extras_are_imported_by_training_alone_or_inside_functions(path) -> None:
+    top = {
+        name.partition(".")[0]
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    assert not top & set(HEAVY) or _module(path) in TRAINING
+
+
+def test_importing_the_package_in_a_fresh_process_loads_nothing_heavy_and_registers_everything() -> None:
+    code = """
+import json, sys
+import tve_hf
+loaded = sorted({name.partition(".")[0] for name in sys.modules})
+own = sorted(name for name in sys.modules if name.startswith("tve_hf"))
+from transformers import AutoConfig
+from transformers.pipelines import PIPELINE_REGISTRY
+public = [name for name in tve_hf.__all__ if getattr(tve_hf, name, None) is None]
+tasks = "transferable-attribution" in PIPELINE_REGISTRY.get_supported_tasks()
+config = type(AutoConfig.for_model("tve")).__name__
+print(json.dumps({"loaded": loaded, "own": own, "missing": public, "task": tasks, "config": config}))
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert not set(found["loaded"]) & (set(HEAVY) - {"accelerate"})  # which transformers itself imports
+    assert "torch" in found["loaded"]
+    own = {name.removeprefix("tve_hf.") for name in found["own"]}
+    assert not own & {"pretrain", "benchmark", "model_card", "cli"}
+    assert not any(name.startswith("methods.") for name in own)  # each is imported when it is asked for
+    assert found["missing"] == []
+    assert found["task"]
+    assert found["config"] == "TVEConfig"

@@ -1,0 +1,295 @@
+"""The contract of every method, and each method against its definition."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tve_hf import methods
+from tve_hf.attribution import exact_meta_attribution, transfer
+from tve_hf.classifiers import SplitClassifier, split_classifier
+from tve_hf.configuration_tve import TVEConfig
+from tve_hf.modeling_tve import TVEExplainer
+
+NAMES = sorted(methods.available())
+CLASS_IDX = torch.tensor([1, 3])
+
+
+def _options(name: str, classifier: SplitClassifier, randomized) -> dict:
+    """What a method needs besides its inputs, made tiny; {} serves every method that has no entry."""
+    if name == "tve":
+        config = TVEConfig(
+            image_size=32,
+            grid_size=4,
+            hops=1,
+            embedding_dim=classifier.embedding_dim,
+            feature_dims=[f.shape[1] for f in classifier(classifier.probe()).features],
+            feature_names=list(classifier.backbone.feature_names),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+        return {"explainer": randomized(TVEExplainer(config)).eval()}
+    return {
+        "exact": {"hops": 1},
+        "random": {"generator": torch.Generator().manual_seed(0)},
+    }.get(name, {})
+
+
+def _found(model: nn.Module) -> dict:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "gradients": [p.grad for p in model.parameters()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "training": [m.training for m in model.modules()],
+        "hooks": [list(getattr(m, h).items()) for m in model.modules() for h in hooks],
+        "attention": [getattr(getattr(m, "config", None), "_attn_implementation", None) for m in model.modules()],
+        "grad_enabled": torch.is_grad_enabled(),
+    }
+
+
+# --- the registry ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("architecture_name", ["vit", "cnn"])
+def test_the_contract(build, images, randomized, name, architecture_name) -> None:
+    if (name, architecture_name) == ("rollout", "cnn"):
+        pytest.skip("a CNN has no attention; that it is refused is tested below")
+    model = build(architecture_name)
+    classifier = split_classifier(model)
+    options = _options(name, classifier, randomized)
+    pixel_values = images(2, 32)
+    given, state, found = pixel_values.clone(), {n: t.clone() for n, t in model.state_dict().items()}, _found(model)
+
+    scores = methods.explain(name, classifier, pixel_values, CLASS_IDX, 4, **options)
+
+    assert scores.shape == (2, 4, 4)
+    assert scores.dtype == torch.float32
+    assert torch.isfinite(scores).all()
+    assert not scores.requires_grad
+    assert scores.flatten(1).std(1).any()  # Grad-CAM of one image may be empty
+    assert _found(model) == found
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert torch.equal(pixel_values, given)
+    assert not pixel_values.requires_grad and pixel_values.grad is None
+
+    if name != "random":  # whose numbers depend on how many it draws
+        for i in range(2):
+            alone = methods.explain(name, classifier, pixel_values[i : i + 1], CLASS_IDX[i : i + 1], (4, 4), **options)
+            torch.testing.assert_close(alone[0], scores[i], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"tve"}))
+def test_rectangular_grids(shared_model, images, name, randomized) -> None:
+    classifier = split_classifier(shared_model("vit"))
+    scores = methods.explain(
+        name, classifier, images(2, 32), CLASS_IDX, (2, 4), **_options(name, classifier, randomized)
+    )
+    assert scores.shape == (2, 2, 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_error_inside_leaves_the_model_as_found(build, images, randomized, name) -> None:
+    if name == "random":
+        pytest.skip("does not run the classifier")
+    model = build("vit")
+    classifier = split_classifier(model)
+    options = _options(name, classifier, randomized)
+
+    def fail(*_) -> None:
+        raise RuntimeError("from the inside")
+
+    model.classifier.register_forward_pre_hook(fail)
+    found = _found(model)
+    with pytest.raises(RuntimeError, match="from the inside"):
+        methods.explain(name, classifier, images(2, 32), CLASS_IDX, 4, **options)
+    assert _found(model) == found
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_unknown_method_is_answered_with_the_known_ones(shared_model, images) -> None:
+    with pytest.raises(ValueError, match="Unknown method 'lime2'; choose one of .*exact.*rollout"):
+        methods.explain("lime2", split_classifier(shared_model("cnn")), images(1, 32), CLASS_IDX[:1], 4)
+
+
+# --- rollout --------------------------------------------------------------------------------------------------------
+
+
+def _rollout(attentions: list[np.ndarray], prefix: int, side: int) -> np.ndarray:
+    """Rollout of one image by loops: attentions (heads, T, T) of each block, first block first -> (side, side)."""
+    num_tokens = attentions[0].shape[-1]
+    flow = np.eye(num_tokens)
+    for attention in attentions:
+        mixed = np.zeros((num_tokens, num_tokens))
+        for query in range(num_tokens):
+            for key in range(num_tokens):
+                mean = sum(head[query, key] for head in attention) / len(attention)
+                mixed[query, key] = mean + (1.0 if query == key else 0.0)
+            mixed[query] /= sum(mixed[query])
+        flow = np.einsum("ij,jk->ik", mixed, flow)
+    return flow[0, prefix:].reshape(side, side)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("vit", 1), ("deit", 2), ("beit", 1), ("dinov2", 1), ("dinov2_with_registers", 5)]
+)
+@torch.no_grad()
+def test_rollout_equals_a_slow_one(build, shared_model, images, name, prefix) -> None:
+    eager = build(name)
+    eager.set_attn_implementation("eager")
+    pixel_values = images(2, 32)
+    attentions = [a.double().numpy() for a in eager(pixel_values, output_attentions=True).attentions]
+    assert len(attentions) == 4
+    scores = methods.explain("rollout", split_classifier(shared_model(name)), pixel_values, CLASS_IDX, 4)
+    for b in range(2):
+        expected = _rollout([a[b] for a in attentions], prefix, 4)
+        assert expected.std() > 1e-4
+        np.testing.assert_allclose(scores[b].numpy(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["swin", "convnext", "resnet", "cnn"])
+def test_rollout_is_refused_where_no_class_token_looks_at_all_patches(build, images, specs, name) -> None:
+    model = build(name)
+    classifier = split_classifier(model)
+    side = specs[name].side if name in specs else 32
+    found = _found(model)
+    with pytest.raises(ValueError, match=r"has no attention of a class token to all patches.*; use another, such as"):
+        methods.explain("rollout", classifier, images(2, side), CLASS_IDX, 4)
+    with pytest.raises(ValueError, match="has no attention of a class token"):
+        methods.explain("rollout", classifier, images(1, side), CLASS_IDX[:1], 4)
+    assert _found(model) == found
+
+
+# --- Grad-CAM -------------------------------------------------------------------------------------------------------
+
+
+def test_grad_cam_by_hand(build, images) -> None:
+    model = build("cnn")
+    with torch.no_grad():
+        model.stages[2][0].bias.add_(0.5)  # so that the map is not empty
+    pixel_values = images(2, 32)
+    cam = methods.explain("grad_cam", split_classifier(model), pixel_values, CLASS_IDX, 4)
+    with torch.no_grad():
+        maps = pixel_values
+        for stage in model.stages:
+            maps = stage(maps)  # (B, 8, 4, 4)
+        # logit = sum_c W[y, c] mean(map_c) + b, so every cell's gradient is W[y, c] / 16.
+        expected = torch.zeros(2, 4, 4)
+        for b in range(2):
+            for channel in range(8):
+                expected[b] += model.fc.weight[CLASS_IDX[b], channel] / 16 * maps[b, channel]
+        expected = expected.clamp(min=0)
+    assert expected.max() > 0
+    torch.testing.assert_close(cam, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_grad_cam_of_an_earlier_layer_by_finite_differences(build, images) -> None:
+    model = build("cnn").double()
+    pixel_values = images(1, 32).double()
+    class_idx = torch.tensor([2])
+    cam = methods.explain("grad_cam", split_classifier(model), pixel_values, class_idx, 8, layer=1)
+    with torch.no_grad():
+        feature = model.stages[1](model.stages[0](pixel_values))  # (1, 6, 8, 8)
+
+        def logit(feature: Tensor) -> float:
+            return model.fc(model.stages[2](feature).mean((2, 3)))[0, 2].item()
+
+        weights = []
+        for channel in range(6):
+            # The mean over cells of the gradient is the slope of moving all cells together, over the number of cells.
+            step = torch.zeros_like(feature)
+            step[:, channel] = 1e-6
+            weights.append((logit(feature + step) - logit(feature - step)) / 2e-6 / 64)
+        expected = sum(w * feature[:, c] for c, w in enumerate(weights)).clamp(min=0)
+    assert expected.max() > 0
+    torch.testing.assert_close(cam, expected.float(), rtol=1e-3, atol=1e-6)
+
+
+def test_grad_cam_of_a_class_token_model_uses_the_last_map_that_matters(shared_model, images) -> None:
+    model = shared_model("vit")
+    pixel_values = images(1, 32)
+    cam = methods.explain("grad_cam", split_classifier(model), pixel_values, CLASS_IDX[:1], 4)
+    states = []
+    hidden = model.vit.embeddings(pixel_values)
+    for layer in model.vit.layers:
+        hidden = layer(hidden)
+        states.append(hidden)
+    logit = model.classifier(model.vit.layernorm(hidden)[:, 0])[0, CLASS_IDX[0]]
+    last, before = torch.autograd.grad(logit, [states[3], states[2]])
+    assert not last[:, 1:].any()  # the last block's patch tokens go nowhere
+    weights = before[0, 1:].mean(0)
+    expected = (states[2][0, 1:] @ weights).clamp(min=0).view(1, 4, 4).detach()
+    assert expected.max() > 0
+    torch.testing.assert_close(cam, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_grad_cam_serves_every_architecture(shared_model, images, specs, architecture) -> None:
+    classifier = split_classifier(shared_model(architecture))
+    pixel_values = images(1, specs[architecture].side).expand(5, -1, -1, -1)
+    cam = methods.explain("grad_cam", classifier, pixel_values, torch.arange(5), 4)
+    assert torch.isfinite(cam).all()
+    assert (cam >= 0).all()
+    assert cam.any()
+    assert not torch.equal(cam[0], cam[1])
+
+
+def test_grad_cam_works_under_no_grad(shared_model, images) -> None:
+    classifier = split_classifier(shared_model("cnn"))
+    expected = methods.explain("grad_cam", classifier, images(2, 32), CLASS_IDX, 4)
+    with torch.no_grad():
+        assert torch.equal(methods.explain("grad_cam", classifier, images(2, 32), CLASS_IDX, 4), expected)
+
+
+# --- TVE, exact and random ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_tve_is_the_explainer_and_the_head(shared_model, images, randomized) -> None:
+    model = shared_model("cnn")
+    classifier = split_classifier(model)
+    explainer = _options("tve", classifier, randomized)["explainer"]
+    pixel_values = images(2, 32)
+    scores = methods.explain("tve", classifier, pixel_values, CLASS_IDX, 4, explainer=explainer, rule="log_prob")
+    maps = [pixel_values]
+    for stage in model.stages:
+        maps.append(stage(maps[-1]))
+    out = explainer(pixel_values, features=tuple(maps[1:]), embeddings=maps[-1].mean((2, 3)))
+    log_kept, log_removed = model.fc(out.kept).log_softmax(-1), model.fc(out.removed).log_softmax(-1)
+    for b in range(2):
+        expected = (log_kept - log_removed)[b, :, CLASS_IDX[b]].view(4, 4)
+        torch.testing.assert_close(scores[b], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tve_on_another_grid_is_refused(shared_model, images, randomized) -> None:
+    classifier = split_classifier(shared_model("cnn"))
+    options = _options("tve", classifier, randomized)
+    with pytest.raises(ValueError, match=r"grid is \(4, 4\), not \(8, 8\); pass grid_size=\(4, 4\)"):
+        methods.explain("tve", classifier, images(1, 32), CLASS_IDX[:1], 8, **options)
+
+
+def test_exact_is_definitions_1_and_2_on_a_rectangle(shared_model, images) -> None:
+    classifier = split_classifier(shared_model("cnn"))
+    pixel_values = images(2, 24, 40)
+    scores = methods.explain("exact", classifier, pixel_values, CLASS_IDX, (3, 5), hops=1, rule="logit_averaged")
+    kept, removed = exact_meta_attribution(classifier, pixel_values, (3, 5), 1)
+    flat = transfer(kept, removed, classifier, CLASS_IDX, "logit_averaged", (3, 5), 1)
+    for row in range(3):
+        for column in range(5):
+            torch.testing.assert_close(scores[:, row, column], flat[:, row * 5 + column].detach())
+
+
+def test_random_scores_follow_the_generator_and_look_normal(shared_model, images) -> None:
+    classifier = split_classifier(shared_model("cnn"))
+
+    def draw(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return methods.explain("random", classifier, images(2, 32), CLASS_IDX, (40, 50), generator=generator)
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+    assert abs(draw(0).mean()) < 5 / math.sqrt(4000)
+    assert abs(draw(0).std() - 1) < 5 / math.sqrt(2 * 4000)

@@ -1,0 +1,34 @@
+"""Every Python block of README runs, in order, in one session, as a newcomer would type it."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tve_hf
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_readme_python_blocks_run(tmp_path, monkeypatch):
+    if not tve_hf.DEFAULT_EXPLAINER.exists():
+        pytest.skip("the shipped checkpoints are not in this checkout")
+    data = pytest.importorskip("skimage.data")
+    cat = Image.fromarray(data.chelsea())
+    for name in ("photo.jpg", "a.jpg", "b.jpg"):
+        cat.save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    assert len(BLOCKS) >= 4
+    # `label="tabby"` stands for a name that the user's own classifier knows.
+    labels = "explain('photo.jpg', top_k=1)[0]['label']"
+    for block in BLOCKS:
+        exec(compile(block.replace('"tabby"', labels), str(README), "exec"), namespace)
+    explanation = namespace["explanation"]
+    assert explanation["attribution"].shape == (8, 8)
+    assert Image.open("why.png").size == cat.size
+    assert namespace["scores"].shape == (1, 64)
+    assert np.isfinite(namespace["scores"].numpy()).all()
