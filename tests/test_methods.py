@@ -237,6 +237,12 @@ def test_grad_cam_serves_every_architecture(shared_model, images, specs, archite
     assert not torch.equal(cam[0], cam[1])
 
 
+def test_grad_cam_is_refused_where_there_is_no_map(processor_of, images) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 3)).eval()
+    with pytest.raises(ValueError, match="No feature map of Sequential reaches the logits"):
+        methods.explain("grad_cam", split_classifier(model, processor_of(3, 2, 2)), images(2, 2), CLASS_IDX % 3, 2)
+
+
 def test_grad_cam_works_under_no_grad(shared_model, images) -> None:
     classifier = split_classifier(shared_model("cnn"))
     expected = methods.explain("grad_cam", classifier, images(2, 32), CLASS_IDX, 4)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import BaseImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from tve_hf import SplitClassifier, TVEExplainer, split_classifier
 from tve_hf.pretrain import config_for
@@ -14,8 +14,8 @@ LABELS = ["tabby, tabby cat", "Egyptian cat", "Cardigan, Welsh corgi", "cardigan
 SIDE, GRID, HOPS = 32, 4, 1
 
 
-def save_classifier(folder: Path, seed: int = 0, processor: dict | None = None, **config) -> Path:
-    """Save a ViT of one layer on 32 x 32 pixels and its processor, which resizes unless told otherwise."""
+def save_classifier(folder: Path, seed: int = 0, processor: BaseImageProcessor | None = None, **config) -> Path:
+    """Save a ViT of two layers on 32 x 32 pixels and its processor, which resizes unless another is given."""
     torch.manual_seed(seed)
     settings = {
         "image_size": SIDE,
@@ -33,16 +33,14 @@ def save_classifier(folder: Path, seed: int = 0, processor: dict | None = None, 
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    ViTImageProcessorPil(**({"size": {"height": SIDE, "width": SIDE}} | (processor or {}))).save_pretrained(folder)
+    (processor or ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})).save_pretrained(folder)
     return folder
 
 
-def make_explainer(classifier: SplitClassifier, **changes) -> TVEExplainer:
+def make_explainer(classifier: SplitClassifier) -> TVEExplainer:
     """Make an explainer for this classifier whose maps are not constant."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     config = config_for(classifier, grid_size=GRID, hops=HOPS, **sizes)
-    for name, value in changes.items():
-        setattr(config, name, value)
     torch.manual_seed(1)
     explainer = TVEExplainer(config).eval()
     with torch.no_grad():

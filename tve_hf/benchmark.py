@@ -81,14 +81,19 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
     explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval()
     grid = explainer.config.grid_shape
     data = load_dataset("parquet", data_files=args.test_files, split="train")
-    data = data.select(range(min(args.num_images, len(data)))).cast_column(args.image_column, Image(decode=False))
+    column, names = args.image_column, ", ".join(data.column_names)
+    if column not in data.column_names:
+        raise ValueError(f"No column {column!r} in {args.test_files}; choose image_column among {names}.")
+    if min(args.num_images, len(data)) < 1:
+        raise ValueError(f"{args.test_files} give no image with num_images={args.num_images}; pass at least one.")
+    data = data.select(range(min(args.num_images, len(data)))).cast_column(column, Image(decode=False))
     generator = torch.Generator().manual_seed(args.seed)
 
     values: dict[str, list[Tensor]] = {}
     seconds = dict.fromkeys(["tve + exact", *args.methods], 0.0)
     start = 0
     for rows in tqdm(data.iter(batch_size=args.batch_size), total=math.ceil(len(data) / args.batch_size)):
-        images = [load_image(row) for row in rows[args.image_column]]
+        images = [load_image(row) for row in rows[column]]
         pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             class_idx = classifier(pixel_values).logits.argmax(-1)

@@ -232,10 +232,20 @@ def split_classifier(
         image_processor = image_processor or AutoImageProcessor.from_pretrained(
             name, trust_remote_code=trust_remote_code
         )
-        loaded = AutoModelForImageClassification.from_pretrained(
-            name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        loaded, report = AutoModelForImageClassification.from_pretrained(
+            name,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-        return split_classifier(loaded, image_processor)
+        classifier = split_classifier(loaded, image_processor)
+        untrained = [key for key in report["missing_keys"] if key.startswith(classifier.backbone.head_name + ".")]
+        if untrained:  # transformers has drawn them at random
+            raise ValueError(
+                f"{name} has no trained head ({sorted(untrained)[0]} is missing): pass a model trained to classify."
+            )
+        return classifier
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"{training[0]} is in train mode, where dropout is active; call model.eval() first.")

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from .strict_json import dumps
 
 
@@ -99,7 +101,6 @@ def explain(arguments: list[str]) -> int:
 
 
 def _pipeline(model: str | None, classifier: str | None, options: dict[str, Any]) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModel, pipeline
 
@@ -112,7 +113,9 @@ def _pipeline(model: str | None, classifier: str | None, options: dict[str, Any]
         return pipeline("transferable-attribution", model=explainer, classifier=classifier, **options)
     except (RuntimeError, SafetensorError, StrictDataclassError) as error:
         folders = " or ".join(filter(None, (name, classifier)))
-        raise ValueError(f"{folders} cannot be loaded; check its files or fetch it again: {_sentence(error)}") from error
+        raise ValueError(
+            f"{folders} cannot be loaded; check its files or fetch it again: {_sentence(error)}"
+        ) from error
 
 
 def _save(image: str, results: list[dict[str, Any]], folder: Path, stem: str) -> dict[str, Any]:
@@ -194,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"tve-hf: {_sentence(error)}; run `pip install tve_hf[train]`.", file=sys.stderr)
         return 1
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
         print(f"tve-hf: {_sentence(error)}", file=sys.stderr)
         return 1
 

@@ -188,7 +188,8 @@ class TransferableAttributionPipeline(Pipeline):
         found = names.get(wanted) or synonyms.get(wanted)
         if not found:
             known = names | synonyms
-            near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5) or [n for n in known if wanted in n][:3]
+            holding = [name for name in known if f" {wanted} " in f" {name} "]
+            near = list(dict.fromkeys(holding + difflib.get_close_matches(wanted, known, cutoff=0.5)))[:3]
             hint = f"; did you mean {', '.join(repr(n) for n in near)}?" if near else "; see classifier.id2label."
             raise ValueError(f"{label!r} is not a class of {self.classifier.name}{hint}")
         if len(found) > 1:

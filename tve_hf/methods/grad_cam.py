@@ -47,9 +47,10 @@ def explain(
     with torch.enable_grad(), hooked(hooks()):
         logits = classifier(pixel_values.detach().requires_grad_()).logits
         values = [outputs[name] for name in names][: layer + 1 or None]
-        gradients = torch.autograd.grad(
-            logits.gather(1, class_idx.unsqueeze(1)).sum(), values, allow_unused=True, materialize_grads=True
-        )
+        evidence = logits.gather(1, class_idx.unsqueeze(1)).sum()
+        gradients: tuple[Tensor, ...] = ()
+        if values:
+            gradients = torch.autograd.grad(evidence, values, allow_unused=True, materialize_grads=True)
     height, width = pixel_values.shape[-2:]
     maps = [(as_map(v, height, width), as_map(g, height, width)) for v, g in zip(values, gradients, strict=True)]
     used = [(m, g) for m, g in maps if m is not None and g is not None and g.any()]
