@@ -23,6 +23,7 @@ LAYERS = {
     "classifiers": 1,
     "visualization": 1,
     "attribution": 1.5,
+    "compatibility": 1.5,
     "fidelity": 1.5,
     "methods": 2,
     "metrics": 2,

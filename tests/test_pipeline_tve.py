@@ -499,13 +499,14 @@ def _resize(side, **settings):
     return ViTImageProcessorPil(size={"height": side, "width": side}, **settings)
 
 
-def test_explainer_of_other_features_is_refused(pair):
-    split = tve_hf.split_classifier(pair[0])
-    model = make_explainer(split)
-    model.config.backbone_fingerprint = None
-    explain = pipeline(TASK, model=model, classifier=split)
-    split.backbone.feature_names = split.backbone.feature_names[:1]
-    refused(lambda: explain(IMAGES[0]), "features has 1 maps, expected 2", "feature_names")
+def test_features_are_read_where_the_explainer_was_trained_to_read_them(pair, explain):
+    other = tve_hf.split_classifier(pair[0])
+    other.backbone.feature_names = other.backbone.feature_names[:1]
+    assert_same(pipeline(TASK, model=str(pair[1]), classifier=other)(IMAGES[0]), explain(IMAGES[0]))
+
+    model = AutoModel.from_pretrained(pair[1])
+    model.config.feature_names = ["vit.layers.0", "vit.layers.7"]
+    refused(lambda: pipeline(TASK, model=model, classifier=str(pair[0])), pair[0], "no module 'vit.layers.7'")
 
 
 def test_explainer_with_nan_weights_is_refused(pair):

@@ -76,6 +76,12 @@ class Backbone(nn.Module):
 
         with hooked(hooks()):
             logits = logits_of(self.model(pixel_values))
+        missing = [name for name in (self.head_name, *self.feature_names) if name not in read]
+        if missing:
+            raise ValueError(
+                f"{missing[0]!r} gives no feature map of images of {tuple(pixel_values.shape[-2:])} pixels; pass "
+                "images of the size that the classifier was made for."
+            )
         return SplitClassifierOutput(
             logits=logits,
             embeddings=read[self.head_name],
@@ -186,6 +192,23 @@ class SplitClassifier(nn.Module):
         module = head if isinstance(head, nn.Module) else _Function(head)
         return SplitClassifier(
             self.backbone, module, self.embedding_dim, id2label, multi_label, self.image_processor, self.name
+        )
+
+    def reading(self, feature_names: tuple[str, ...]) -> "SplitClassifier":
+        """Return this classifier with `features` read from these modules; backbone and head are shared, not copied.
+
+        Raises:
+            ValueError: If the classifier has no such module.
+        """
+        modules = dict(self.backbone.model.named_modules())
+        missing = [name for name in feature_names if name not in modules]
+        if missing:
+            raise ValueError(
+                f"{self.name} has no module {missing[0]!r} to read a feature map from; choose one it has."
+            )
+        backbone = Backbone(self.backbone.model, self.backbone.head_name, feature_names)
+        return SplitClassifier(
+            backbone, self.head, self.embedding_dim, self.id2label, self.multi_label, self.image_processor, self.name
         )
 
     def fingerprint(self) -> str:

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, logging
 
 from .attribution import DEFAULT_RULE, rule_named, transfer, verify
 from .classifiers import SplitClassifier, split_classifier
-from .fingerprint import match
+from .compatibility import fit
 from .images import load_image, seen_region
 from .visualization import Region, heatmap, overlay
 
@@ -90,53 +90,8 @@ class TransferableAttributionPipeline(Pipeline):
         if image_processor is None:
             raise ValueError(f"No image processor came with {classifier.name}; pass image_processor=.")
         super().__init__(model, image_processor=image_processor, **kwargs)
-        self.classifier.to(self.device)
-        self._check_fit()
+        self.classifier = fit(model, classifier.to(self.device), image_processor)
         self._regions: dict[tuple[int, int], Region] = {}  # by size of image
-
-    def _check_fit(self) -> None:
-        """Refuse an explainer of another backbone; warn of one whose weights have changed since."""
-        config, classifier = self.model.config, self.classifier
-        if classifier.training:
-            raise ValueError(
-                f"{classifier.name} is in train mode, where dropout is active; call classifier.eval() first."
-            )
-        explainer = f"The explainer {self.model.name_or_path or type(self.model).__name__}"
-        remedy = f"use an explainer pre-trained for {classifier.name}, or pre-train one with `tve-hf pretrain`"
-        if config.embedding_dim != classifier.embedding_dim:
-            raise ValueError(
-                f"{explainer} predicts embeddings of {config.embedding_dim} dimensions, but the head of "
-                f"{classifier.name} reads {classifier.embedding_dim}; {remedy}."
-            )
-        size = tuple(classifier.probe().shape[-2:])
-        if size != config.image_shape:
-            raise ValueError(
-                f"{explainer} was made for images of {config.image_shape} pixels, but {classifier.name} takes {size}; "
-                f"{remedy}."
-            )
-        for name in ("image_mean", "image_std"):
-            own, theirs = getattr(config, name), getattr(self.image_processor, name, None)
-            if own is not None and theirs is not None and not torch.allclose(torch.tensor(own), torch.tensor(theirs)):
-                raise ValueError(
-                    f"{explainer} expects {name}={list(own)}, but the image processor of {classifier.name} has "
-                    f"{list(theirs)}; {remedy}."
-                )
-        if config.backbone_fingerprint is not None:
-            verdict = match(config.backbone_fingerprint, classifier.fingerprint())
-            if verdict == "no":
-                raise ValueError(
-                    f"{explainer} was pre-trained for the backbone {config.backbone_name!r}, which is not that of "
-                    f"{classifier.name}; {remedy}."
-                )
-            if verdict != "same weights":
-                logger.warning(
-                    f"{classifier.name} has other backbone weights than {config.backbone_name!r}, which the explainer "
-                    "was pre-trained for, as after full fine-tuning: expect worse maps, and check them with verify=16."
-                )
-        for owner, module in ((explainer, self.model), (f"The classifier {classifier.name}", classifier)):
-            bad = [name for name, weight in module.state_dict().items() if not torch.isfinite(weight).all()]
-            if bad:
-                raise ValueError(f"{owner} holds NaN or infinity in {bad[0]}; download or train it again.")
 
     def _sanitize_parameters(
         self,
