@@ -111,15 +111,22 @@ def validate(explainer: TVEExplainer, classifier: SplitClassifier, pixel_values:
     }
 
 
-def _save(accelerator: Accelerator, folder: Path, done: int, log: list[dict]) -> None:
-    """Write a checkpoint beside the old one, then put it in its place."""
-    fresh = folder.with_name(folder.name + ".tmp")
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(output_dir.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def _save(accelerator: Accelerator, output_dir: Path, done: int, log: list[dict]) -> None:
+    """Write a checkpoint under another name, rename it, and only then remove the ones before it."""
+    folder = output_dir / f"checkpoint-{done}"
+    unfinished = folder.with_suffix(".partial")
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(fresh), safe_serialization=True)
+    accelerator.save_state(str(unfinished), safe_serialization=True)
     if accelerator.is_main_process:
-        (fresh / "progress.json").write_text(json.dumps({"step": done, "log": log}))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(fresh, folder)
+        (unfinished / "progress.json").write_text(json.dumps({"step": done, "log": log}))
+        os.replace(unfinished, folder)
+        for old in _checkpoints(output_dir)[:-1]:
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
@@ -174,10 +181,12 @@ def pretrain(args: PretrainArguments) -> TVEExplainer:
         )
     )
 
-    checkpoint, done, log = output_dir / "checkpoint", 0, []
-    if checkpoint.exists():
-        accelerator.load_state(str(checkpoint))
-        progress = json.loads((checkpoint / "progress.json").read_text())
+    done: int = 0
+    log: list[dict] = []
+    saved = _checkpoints(output_dir)
+    if saved:
+        accelerator.load_state(str(saved[-1]))
+        progress = json.loads((saved[-1] / "progress.json").read_text())
         done, log = progress["step"], progress["log"]
         logger.info(f"Resumed from step {done}.")
 
@@ -232,7 +241,7 @@ def pretrain(args: PretrainArguments) -> TVEExplainer:
                     unwrapped.train()
                 log.append({key: round(value, 6) for key, value in row.items()})
                 bar.write(json.dumps(log[-1]))
-                _save(accelerator, checkpoint, done, log)
+                _save(accelerator, output_dir, done, log)
                 start, sums = time.perf_counter(), torch.zeros(2)
     bar.close()
 
