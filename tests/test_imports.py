@@ -16,6 +16,7 @@ LAYERS = {
     "patches": 0,
     "fingerprint": 0,
     "images": 0,
+    "inputs": 0,
     "configuration_tve": 0,
     "strict_json": 0,
     "splitting": 0.5,
