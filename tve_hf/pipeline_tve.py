@@ -21,7 +21,6 @@ from .images import load_image, seen_region
 from .inputs import images_of
 from .visualization import Region, heatmap, overlay
 
-
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 DEFAULT_EXPLAINER = CHECKPOINTS / "tve-vit-tiny-tiny-imagenet"
 DEFAULT_CLASSIFIER = CHECKPOINTS / "vit-tiny-tiny-imagenet"
