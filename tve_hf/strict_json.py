@@ -2,11 +2,15 @@
 
 import json
 import math
+import re
 from typing import Any
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """Write as JSON; NaN and infinities become the strings "nan", "inf" and "-inf", which `float` reads."""
+    """Write as JSON; NaN and infinities become the strings "nan", "inf" and "-inf", which `float` reads.
+
+    With an indent, lists of plain values still stand on one line.
+    """
 
     def strict(item: Any) -> Any:
         if isinstance(item, dict):
@@ -15,4 +19,9 @@ def dumps(value: Any, indent: int | None = None) -> str:
             return [strict(entry) for entry in item]
         return str(item) if isinstance(item, float) and not math.isfinite(item) else item
 
-    return json.dumps(strict(value), indent=indent, allow_nan=False)
+    def one_line(match: re.Match[str]) -> str:
+        return "[" + re.sub(r",\n\s+", ", ", match[1]) + "]"
+
+    # A line break in JSON text is never inside a string.
+    text = json.dumps(strict(value), indent=indent, allow_nan=False)
+    return re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s*\]", one_line, text)
