@@ -58,6 +58,22 @@ def test_reports_reach_the_bars(task):
     assert 0 < low < (gap("tve") - gap("random")).mean()
 
 
+def test_default_rule_is_the_winner_of_the_study():
+    study = json.loads((RESULTS / "rules.json").read_text())
+    assert tve_hf.DEFAULT_RULE == study["winner"]
+    shares: dict[str, list[float]] = {rule: [] for rule in tve_hf.RULES}
+    for table in study["cases"].values():
+        assert set(table) == set(tve_hf.RULES)
+        for column in table["log_prob"]:
+            best = max(row[column]["gap"] for row in table.values())
+            for rule, row in table.items():
+                shares[rule].append(row[column]["gap"] / best)
+    means = {rule: sum(values) / len(values) for rule, values in shares.items()}
+    assert len(shares["log_prob"]) == 6  # exact and predicted on the ViT, exact on the MobileNet, two removals each
+    assert max(means, key=means.__getitem__) == study["winner"]
+    assert means == pytest.approx(study["mean_share_of_best"], abs=2e-3)
+
+
 @pytest.mark.parametrize("folder", [*TASKS.values(), DEFAULT_EXPLAINER], ids=lambda folder: folder.name)
 def test_card_is_what_the_reports_say(folder):
     results = [RESULTS / f"{task}.json" for task in TASKS] if folder == DEFAULT_EXPLAINER else []
