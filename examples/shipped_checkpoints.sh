@@ -30,16 +30,17 @@ python examples/tune_head.py --classifier $vit --train_files "$data/cats_vs_dogs
 ship $runs/pets $pets
 
 tve-hf pretrain --classifier $vit --train_files "$data/tiny_imagenet/train-*.parquet" \
-    --validation_files "$data/tiny_imagenet/test-*.parquet" --output_dir $runs/explainer --grid_size 8 --hops 1
+    --validation_files "$data/tiny_imagenet/test-*.parquet" --output_dir $runs/explainer --grid_size 8 --hops 1 \
+    --hidden_size 192 --num_hidden_layers 4
 ship $runs/explainer $explainer
 
-python examples/study_rules.py --output_file $results/rules.json \
+python examples/study_rules.py --output_file $results/rules.json --num_images 64 \
     --case $vit 8 1 "$data/tiny_imagenet/test-*.parquet" $explainer \
     --case "$models/mobilenet_v1_0.5_160_imagenet" 10 1 "$data/imagenet_samples/test-*.parquet" none
 
 for task in tiny_imagenet cats_vs_dogs; do
     classifier=$([ $task = tiny_imagenet ] && echo $vit || echo $pets)
-    tve-hf evaluate --classifier "$classifier" --model $explainer --num_images 400 \
+    tve-hf evaluate --classifier "$classifier" --model $explainer --num_images 300 \
         --test_files "$data/$task/test-*.parquet" --output_file $results/$task.json
 done
 
