@@ -33,7 +33,7 @@ class Arguments:
     seed: int = 0
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed(classifier: nn.Module, data: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings of the images and of their mirror images, (2, n, D), and labels, (n,)."""
     rows = []
@@ -41,7 +41,7 @@ def embed(classifier: nn.Module, data: Dataset) -> tuple[torch.Tensor, torch.Ten
         images = [image.convert("RGB") for image in batch["image"]]
         x = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
         rows.append(torch.stack([classifier.embed(x), classifier.embed(x.flip(-1))]))
-    return torch.cat(rows, dim=1).clone(), torch.tensor(data["label"])
+    return torch.cat(rows, dim=1), torch.tensor(data["label"])
 
 
 def main() -> None:
