@@ -225,10 +225,11 @@ def split_classifier(
     id2label = getattr(config, "id2label", None)
     if not id2label or len(id2label) != num_labels:
         id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
+    backbone = Backbone(model, parts, feature_names, tuple(probe)[1:])
     classifier = SplitClassifier(
-        Backbone(model, parts, feature_names, tuple(probe)[1:]),
+        backbone,
         Head(model, parts),
-        embedding_dim=max(part.stop for part in parts),
+        backbone.embedding_dim,
         id2label=id2label,
         multi_label=num_labels == 1 or getattr(config, "problem_type", None) == "multi_label_classification",
         image_processor=image_processor,
@@ -238,7 +239,9 @@ def split_classifier(
         output = classifier.backbone(**(probe | {"pixel_values": pixel_values.flip(-1).roll(1, 0)}))
         again = classifier.head(output.embeddings)
     if differ(again, output.logits):
-        names = ", ".join(f"{part.name!r}{', averaged over positions' if part.pooled else ''}" for part in parts)
+        names = ", ".join(
+            f"{part.name!r}{', averaged over positions' if part.pooled and not part.by_max else ''}" for part in parts
+        )
         raise ValueError(
             f"Cannot split {type(model).__name__}: its logits depend on more than the input of {names}; "
             "wrap it so that one module gives the logits from one embedding."

@@ -46,7 +46,7 @@ class Head(nn.Module):
         shares = []
         for part, module in zip(self.parts, self.heads, strict=True):
             given = embeddings[..., part.start : part.stop].reshape(-1, *part.input_shape)
-            logits = module(given).reshape(*embeddings.shape[:-1], -1)
+            logits = part.pool(module(given)).reshape(*embeddings.shape[:-1], -1)
             shares.append(logits if part.scale == 1 else part.scale * logits)
         return shares[0] if len(shares) == 1 else torch.stack(shares).sum(0)
 
@@ -66,6 +66,10 @@ class Backbone(nn.Module):
         self.parts = tuple(parts)
         self.feature_names = feature_names
         self.other_inputs = other_inputs  # what the model reads besides pixel_values
+
+    @property
+    def embedding_dim(self) -> int:
+        return max(part.stop for part in self.parts)
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -94,7 +98,7 @@ class Backbone(nn.Module):
                 def keep_input(module: nn.Module, args: tuple, kwargs: dict, part: HeadPart = part) -> None:
                     given = first_tensor((*args, *kwargs.values()))
                     if given is not None:
-                        embeddings[part.start] = part.average(given).flatten(1)
+                        embeddings[part.start] = part.read(given).flatten(1)
 
                 yield self.model.get_submodule(part.name).register_forward_pre_hook(keep_input, with_kwargs=True)
             for name in self.feature_names:
@@ -114,8 +118,14 @@ class Backbone(nn.Module):
                 f"{missing[0]!r} gives no feature map of images of {tuple(pixel_values.shape[-2:])} pixels; pass "
                 "images of the size that the classifier was made for."
             )
+        embedding = torch.cat([embeddings[start] for start in sorted(embeddings)], -1)  # (B, D)
+        if embedding.shape[-1] != self.embedding_dim:
+            raise ValueError(
+                f"The head is given {embedding.shape[-1]} values for images of {tuple(pixel_values.shape[-2:])} "
+                f"pixels, but expects {self.embedding_dim}; pass images of the size that the classifier was made for."
+            )
         return SplitClassifierOutput(
             logits=logits,
-            embeddings=torch.cat([embeddings[start] for start in sorted(embeddings)], -1),
+            embeddings=embedding,
             features=tuple(features[name] for name in self.feature_names),
         )

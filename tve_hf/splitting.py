@@ -108,15 +108,18 @@ class HeadPart:
 
     Args:
         name: the module's.
-        pooled: axes of positions, over which the model averages the module's output. The head averages its input
-            instead, which is the same for a linear module such as a 1 x 1 convolution.
+        pooled: axes of positions, over which the model takes the mean or maximum of the module's output. The mean is
+            taken of its input instead, which is the same for a linear module such as a 1 x 1 convolution; for a
+            maximum, the inputs at all positions are the embedding.
+        by_max: whether it is the maximum.
         scale: the logits are the sum over all parts of scale * output.
         start: where its input begins in the embedding; parts that are given the same share it.
-        input_shape: of one image's input, averaged.
+        input_shape: of that input for one image.
     """
 
     name: str
     pooled: tuple[int, ...] = ()
+    by_max: bool = False
     scale: float = 1.0
     start: int = 0
     input_shape: tuple[int, ...] = ()
@@ -125,8 +128,15 @@ class HeadPart:
     def stop(self) -> int:
         return self.start + math.prod(self.input_shape)
 
-    def average(self, value: Tensor) -> Tensor:
-        return value.mean(self.pooled, keepdim=True) if self.pooled else value
+    def pool(self, output: Tensor) -> Tensor:
+        """The module's output with its positions pooled."""
+        if not self.pooled:
+            return output
+        return output.amax(self.pooled, keepdim=True) if self.by_max else output.mean(self.pooled, keepdim=True)
+
+    def read(self, given: Tensor) -> Tensor:
+        """What of the module's input is a part of the embedding."""
+        return given if self.by_max else self.pool(given)
 
 
 class Candidate(NamedTuple):
@@ -152,10 +162,11 @@ def find_candidates(calls: list[Call], logits_shape: torch.Size, num_weights: in
             pooled = tuple(i for i in range(1, len(shape)) if i != axis and shape[i] > 1)
             at_positions = given.ndim == len(shape) and all(given.shape[i] == shape[i] for i in pooled)
             if shape[0] == batch and shape[axis] == classes and (at_positions or not pooled):
-                part = HeadPart(call.name, pooled)
-                logits = part.average(call.output).reshape(batch, classes)
-                if torch.isfinite(logits).all():
-                    candidates.append(Candidate(part, part.average(given), logits))
+                for by_max in (False, True) if pooled else (False,):
+                    part = HeadPart(call.name, pooled, by_max)
+                    logits = part.pool(call.output).reshape(batch, classes)
+                    if torch.isfinite(logits).all():
+                        candidates.append(Candidate(part, part.read(given), logits))
                 break
     return [
         outer
