@@ -306,6 +306,9 @@ def test_heads_that_are_combined_or_pooled(randomized, processor_of, images, end
     with left_as_found(model):
         classifier = split_classifier(model, processor_of(3, 32, 32))
     assert classifier.backbone.head_names == names
+    if len(names) > 1:
+        with pytest.raises(ValueError, match=f"a sum over {names[0]}, {names[1]}; read head_names"):
+            classifier.backbone.head_name  # noqa: B018
     assert scales is None or [part.scale for part in classifier.backbone.parts] == pytest.approx(scales, abs=1e-6)
     for side in (32, 48):
         if side == 48 and any(part.by_max for part in classifier.backbone.parts):
@@ -571,6 +574,13 @@ def test_what_cannot_be_split_is_refused(randomized, processor_of, model_class, 
         model.other.load_state_dict(model.fc.state_dict())
     with left_as_found(model, but_the_generator=True), pytest.raises(ValueError, match=message):
         split_classifier(model, processor_of(3, 32, 32))
+
+
+def test_a_processor_without_pixel_values_is_refused(shared_model) -> None:
+    with pytest.raises(ValueError, match="gives flattened_patches, but no pixel_values; pass one"):
+        split_classifier(
+            shared_model("cnn"), lambda image, return_tensors: {"flattened_patches": torch.zeros(1, 9, 9)}
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -217,7 +217,7 @@ def test_every_class_is_split_exactly_in_two_passes_and_left_as_found(make, name
                 assert (again - logits).abs().max() <= 1e-5 * logits.abs().max()
         assert logits.std(0).max() > 0.01 * logits.abs().max()  # they do depend on the image
     handle.remove()
-    assert classifier.embedding_dim == EMBEDDING_DIMS.get(name, classifier.head.module.weight[0].numel())
+    assert classifier.embedding_dim == EMBEDDING_DIMS.get(name, classifier.head.heads[0].weight[0].numel())
 
 
 @pytest.mark.parametrize("name", REFUSED)

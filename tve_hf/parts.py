@@ -39,8 +39,9 @@ class Head(nn.Module):
 
     @property
     def module(self) -> nn.Module:
-        """The module that gives the logits; the first one if they are a sum."""
-        return self.heads[0]
+        """The module that gives the logits, where it is one."""
+        (module,) = self.heads
+        return module
 
     def forward(self, embeddings: Tensor) -> Tensor:
         shares = []
@@ -78,7 +79,13 @@ class Backbone(nn.Module):
 
     @property
     def head_name(self) -> str:
-        """The module that gives the logits; the first one if they are the sum of several."""
+        """The module that gives the logits.
+
+        Raises:
+            ValueError: If they are the sum of several.
+        """
+        if len(self.parts) > 1:
+            raise ValueError(f"The logits are a sum over {', '.join(self.head_names)}; read head_names instead.")
         return self.head_names[0]
 
     def forward(self, pixel_values: Tensor, **inputs: Tensor) -> SplitClassifierOutput:
@@ -112,11 +119,12 @@ class Backbone(nn.Module):
 
         with hooked(hooks()):
             logits = logits_of(self.model(pixel_values, **inputs))
-        missing = [name for name in self.feature_names if name not in features]
+        missing = [part.name for part in self.parts if part.start not in embeddings]
+        missing += [name for name in self.feature_names if name not in features]
         if missing:
             raise ValueError(
-                f"{missing[0]!r} gives no feature map of images of {tuple(pixel_values.shape[-2:])} pixels; pass "
-                "images of the size that the classifier was made for."
+                f"{missing[0]!r} gives no embedding or feature map of images of {tuple(pixel_values.shape[-2:])} "
+                "pixels; pass images of the size that the classifier was made for."
             )
         embedding = torch.cat([embeddings[start] for start in sorted(embeddings)], -1)  # (B, D)
         if embedding.shape[-1] != self.embedding_dim:

@@ -266,6 +266,10 @@ def probe_like(model: nn.Module, image_processor: Any) -> dict[str, Tensor]:
     others: dict[str, Tensor] = {}
     if image_processor is not None:
         given = dict(image_processor(Image.new("RGB", (64, 64)), return_tensors="pt"))
+        if "pixel_values" not in given:
+            raise ValueError(
+                f"The image processor gives {', '.join(given)}, but no pixel_values; pass one that makes pixel_values."
+            )
         shape = given.pop("pixel_values").shape[1:]
         others = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     else:
