@@ -140,15 +140,19 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 @torch.no_grad()
-def _fit_batch_statistics(model: nn.Module, side: int) -> None:
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+def fit_batch_statistics(model: nn.Module, side: int) -> nn.Module:
+    """Give batch normalisation the statistics of noise images, without which it lets tiny signals fade."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     if norms:
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = 1.0
-        model.train()(torch.randn(8, 3, side, side, generator=torch.Generator().manual_seed(1)))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # for dropout
+            model.train()(torch.randn(8, 3, side, side, generator=torch.Generator().manual_seed(1)))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+    return model.eval()
 
 
 @pytest.fixture(scope="session")
@@ -163,8 +167,7 @@ def shared_model() -> Callable[[str], nn.Module]:
             else:
                 spec = SPECS[name]
                 model = randomize(spec.model_class(copy.deepcopy(spec.config)))
-                _fit_batch_statistics(model, spec.side)
-                built[name] = model.eval()
+                built[name] = fit_batch_statistics(model, spec.side)
         return built[name]
 
     return get
@@ -202,6 +205,12 @@ def images() -> Callable[..., Tensor]:
 def randomized() -> Callable[..., nn.Module]:
     """`randomize`, for modules that a test builds itself."""
     return randomize
+
+
+@pytest.fixture(scope="session")
+def fitted() -> Callable[[nn.Module, int], nn.Module]:
+    """`randomize` and `fit_batch_statistics`, in eval mode: fitted(model, side)."""
+    return lambda model, side: fit_batch_statistics(randomize(model), side)
 
 
 @pytest.fixture(scope="session")

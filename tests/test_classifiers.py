@@ -2,47 +2,24 @@
 
 import itertools
 import math
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    DeiTForImageClassificationWithTeacher,
     SwinConfig,
     SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
 )
+from untouched import left_as_found
 
 from tve_hf.classifiers import split_classifier
 
 VIT = {"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
-
-
-def _state(model: nn.Module) -> dict:
-    """Everything about a model that looking at it must not change."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
-    return {
-        "training": {name: module.training for name, module in model.named_modules()},
-        "hooks": {(n, h): list(getattr(m, h).items()) for n, m in model.named_modules() for h in hooks},
-        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
-        "gradients": {name: p.grad for name, p in model.named_parameters()},
-        "identity": {name: id(t) for name, t in model.state_dict(keep_vars=True).items()},
-        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
-    }
-
-
-@contextmanager
-def _left_as_found(model: nn.Module):
-    state, tensors = _state(model), {name: t.clone() for name, t in model.state_dict().items()}
-    rng = torch.get_rng_state()
-    yield
-    assert _state(model) == state
-    assert all(torch.equal(t, tensors[name]) for name, t in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), rng)
 
 
 def _rebuilt(keep: Tensor, image: Tensor, rows: int, columns: int) -> Tensor:
@@ -116,7 +93,7 @@ def test_the_model_is_left_as_found(build, images, specs, architecture) -> None:
     model = build(architecture)
     next(model.parameters()).requires_grad_(False)
     model.get_submodule("classifier").register_forward_hook(lambda *_: None)
-    with _left_as_found(model):
+    with left_as_found(model):
         classifier = split_classifier(model)
         classifier(images(2, specs[architecture].side))
         classifier.fingerprint()
@@ -126,7 +103,7 @@ def test_the_model_is_left_as_found(build, images, specs, architecture) -> None:
 def test_the_model_is_left_as_found_after_an_error_inside(build, images, specs, architecture) -> None:
     model = build(architecture)
     classifier = split_classifier(model)
-    with _left_as_found(model):
+    with left_as_found(model):
         with pytest.raises(Exception, match="channel|size"):
             classifier(images(2, specs[architecture].side, channels=2))
 
@@ -134,7 +111,7 @@ def test_the_model_is_left_as_found_after_an_error_inside(build, images, specs, 
         raise RuntimeError("from the inside")
 
     model.get_submodule(classifier.backbone.head_name).register_forward_pre_hook(fail)
-    with _left_as_found(model):
+    with left_as_found(model):
         with pytest.raises(RuntimeError, match="from the inside"):
             split_classifier(model)
 
@@ -262,6 +239,118 @@ def test_a_convolution_as_head_and_channels_last_maps(images, randomized, proces
     torch.testing.assert_close(out.features[0][:, :, 2, 1], model.stages[0](cell))
 
 
+# --- logits that are not the output of one module ------------------------------------------------------------------
+
+
+class Endings(nn.Module):
+    """A small network with several heads, whose ending is a function of itself and its feature map."""
+
+    def __init__(self, ending: Callable[["Endings", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.ending = ending
+        self.conv = nn.Conv2d(3, 8, 8, stride=8)
+        self.heads = nn.ModuleList(nn.Linear(8, 4) for _ in range(2))
+        self.point = nn.Conv2d(8, 4, 1)
+        self.blunt = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU())
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.ending(self, self.conv(pixel_values).relu())
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("ending", "names", "scales", "embedding"),
+    [
+        (  # each head has its own input
+            lambda m, x: (m.heads[0](x.mean((2, 3))) + m.heads[1](x.amax((2, 3)))) / 2,
+            ("heads.0", "heads.1"),
+            [0.5, 0.5],
+            lambda x: torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1),
+        ),
+        (  # both have the same
+            lambda m, x: m.heads[1](x.mean((2, 3))) - 0.3 * m.heads[0](x.mean((2, 3))),
+            ("heads.1", "heads.0"),
+            [1.0, -0.3],
+            lambda x: x.mean((2, 3)),
+        ),
+        (lambda m, x: 3 * m.heads[0](x.mean((2, 3))), ("heads.0",), [3.0], lambda x: x.mean((2, 3))),
+        (lambda m, x: m.temperature * m.heads[0](x.mean((2, 3))), ("heads.0",), None, lambda x: x.mean((2, 3))),
+        # pooled behind the head: tokens, channels-last and channels-first maps
+        (lambda m, x: m.heads[0](_tokens(x)).mean(1), ("heads.0",), [1.0], lambda x: x.mean((2, 3))),
+        (lambda m, x: m.heads[0](x.movedim(1, -1)).mean((1, 2)), ("heads.0",), [1.0], lambda x: x.mean((2, 3))),
+        (lambda m, x: m.point(x).mean((2, 3)), ("point",), [1.0], lambda x: x.mean((2, 3))),
+        (  # and both
+            lambda m, x: (m.point(x).mean((2, 3)) + m.heads[0](x.amax((2, 3)))) / 2,
+            ("point", "heads.0"),
+            [0.5, 0.5],
+            lambda x: torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1),
+        ),
+        (  # the maximum does not commute with the head, which is given the whole map
+            lambda m, x: m.heads[0](x.mean((2, 3))) + 0.5 * m.heads[1](_tokens(x)).amax(1),
+            ("heads.0", "heads.1"),
+            [1.0, 0.5],
+            lambda x: torch.cat([x.mean((2, 3)), _tokens(x).flatten(1)], 1),
+        ),
+        # axes of one element
+        (lambda m, x: m.heads[0](x.mean((2, 3)).unsqueeze(1)), ("heads.0",), [1.0], lambda x: x.mean((2, 3))),
+        (lambda m, x: m.point(x.mean((2, 3), keepdim=True)), ("point",), [1.0], lambda x: x.mean((2, 3))),
+    ],
+)
+def test_heads_that_are_combined_or_pooled(randomized, processor_of, images, ending, names, scales, embedding) -> None:
+    model = randomized(Endings(ending)).eval()
+    with left_as_found(model):
+        classifier = split_classifier(model, processor_of(3, 32, 32))
+    assert classifier.backbone.head_names == names
+    if len(names) > 1:
+        with pytest.raises(ValueError, match=f"a sum over {names[0]}, {names[1]}; read head_names"):
+            classifier.backbone.head_name  # noqa: B018
+    assert scales is None or [part.scale for part in classifier.backbone.parts] == pytest.approx(scales, abs=1e-6)
+    for side in (32, 48):
+        if side == 48 and any(part.by_max for part in classifier.backbone.parts):
+            with pytest.raises(ValueError, match=r"is given 296 values for images of \(48, 48\).*expects 136"):
+                classifier(images(3, side))
+            continue
+        out = classifier(images(3, side))
+        torch.testing.assert_close(out.embeddings, embedding(model.conv(images(3, side)).relu()))
+        torch.testing.assert_close(out.logits, model(images(3, side)).reshape(3, 4), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_heads_are_averaged_in_half_precision_too(randomized, processor_of) -> None:
+    model = randomized(Endings(lambda m, x: (m.heads[0](x.mean((2, 3))) + m.heads[1](x.amax((2, 3)))) / 2)).eval()
+    classifier = split_classifier(model.to(torch.bfloat16), processor_of(3, 32, 32))
+    assert [part.scale for part in classifier.backbone.parts] == [0.5, 0.5]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_heads_of_one_or_two_logits_are_averaged(randomized, processor_of, images, num_labels) -> None:
+    model = Endings(lambda m, x: (m.heads[0](x.mean((2, 3))) + m.heads[1](x.amax((2, 3)))) / 2)
+    model.heads = nn.ModuleList(nn.Linear(8, num_labels) for _ in range(2))
+    classifier = split_classifier(randomized(model).eval(), processor_of(3, 32, 32))
+    assert classifier.embedding_dim == 16
+    torch.testing.assert_close(classifier(images(3, 32)).logits, model(images(3, 32)))
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [
+        (lambda m, x: m.blunt(x).mean((2, 3)), "more than the input of 'blunt', averaged over positions"),
+        (lambda m, x: m.heads[0](x.mean((2, 3))).maximum(m.heads[1](x.amax((2, 3)))), "0 of its modules output"),
+        (lambda m, x: m.heads[0](x.mean((2, 3))) * x.mean((1, 2, 3)).unsqueeze(1), "0 of its modules output"),
+    ],
+)
+def test_endings_that_are_not_linear_are_refused(randomized, processor_of, ending, message) -> None:
+    model = randomized(Endings(ending)).eval()
+    with left_as_found(model), pytest.raises(ValueError, match=f"Cannot split.*{message}"):
+        split_classifier(model, processor_of(3, 32, 32))
+
+
 # --- orientation and rectangles -------------------------------------------------------------------------------------
 
 
@@ -382,12 +471,6 @@ def test_a_submodule_in_train_mode_is_refused_and_left_so(build) -> None:
     assert norms[0].training
 
 
-def test_two_averaged_heads_are_refused(specs, randomized) -> None:
-    model = randomized(DeiTForImageClassificationWithTeacher(specs["deit"].config)).eval()
-    with pytest.raises(ValueError, match="Cannot split.*several heads.*wrap it"):
-        split_classifier(model)
-
-
 class Body(nn.Module):
     """Something to hang an unusual ending on."""
 
@@ -400,9 +483,20 @@ class Body(nn.Module):
         return self.conv(pixel_values).relu().mean((2, 3))
 
 
-class Scaled(Body):
+class Squared(Body):
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return 2 * self.fc(self.pooled(pixel_values))
+        return self.fc(self.pooled(pixel_values)) ** 2
+
+
+class Whole(nn.Module):
+    """All weights are in one module whose output is the logits; what comes before it only shifts the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Squared()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.network(pixel_values - 0.5)
 
 
 class Headless(Body):
@@ -464,7 +558,8 @@ class Mute(Body):
 @pytest.mark.parametrize(
     ("model_class", "message"),
     [
-        (Scaled, "0 of its modules output its logits.*computed outside of a module"),
+        (Squared, "0 of its modules output its logits.*computed outside of a module.*wrap it"),
+        (Whole, "0 of its modules output its logits"),
         (Headless, "0 of its modules output its logits"),
         (TwoHeads, r"2 of its modules output its logits.*other, fc"),
         (Sideways, "Cannot split Sideways: its logits depend on more than the input of 'fc'"),
@@ -477,15 +572,22 @@ def test_what_cannot_be_split_is_refused(randomized, processor_of, model_class, 
     model = randomized(model_class()).eval()
     if model_class is TwoHeads:
         model.other.load_state_dict(model.fc.state_dict())
-    with _left_as_found_but_rng(model), pytest.raises(ValueError, match=message):
+    with left_as_found(model, but_the_generator=True), pytest.raises(ValueError, match=message):
         split_classifier(model, processor_of(3, 32, 32))
 
 
-@contextmanager
-def _left_as_found_but_rng(model: nn.Module):
-    state = _state(model)
-    yield
-    assert _state(model) == state
+def test_a_processor_without_pixel_values_is_refused(shared_model) -> None:
+    with pytest.raises(ValueError, match="gives flattened_patches, but no pixel_values; pass one"):
+        split_classifier(
+            shared_model("cnn"), lambda image, return_tensors: {"flattened_patches": torch.zeros(1, 9, 9)}
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_refused(shared_model, images) -> None:
+    model = torch.jit.trace(shared_model("cnn"), images(1, 32))
+    with pytest.raises(ValueError, match="inside TorchScript cannot be watched; pass the module"):
+        split_classifier(model.eval())
 
 
 def test_a_model_without_a_classification_head_is_refused() -> None:

@@ -1,92 +1,18 @@
 """Split an image classifier f = H_t o G into backbone G and head H_t by looking at one forward pass, not by name."""
 
-import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
-from transformers.utils import ModelOutput
 
 from .fingerprint import fingerprint
+from .parts import Backbone, Head, SplitClassifierOutput
 from .patches import GridSize, mask_patches
-from .splitting import as_map, find_features, find_head, first_tensor, hooked, logits_of, probe_like, trace
-
-
-@dataclass
-class SplitClassifierOutput(ModelOutput):
-    """One pass of a classifier.
-
-    Args:
-        logits: (B, C).
-        embeddings: G(x), what the head reads, (B, D).
-        features: maps of the backbone on the way there, a tuple of (B, C_i, h_i, w_i); prefix tokens are dropped.
-    """
-
-    logits: Tensor | None = None
-    embeddings: Tensor | None = None
-    features: tuple[Tensor, ...] | None = None
-
-
-class Head(nn.Module):
-    """H_t: a classifier's own last module, applied to embeddings with any leading dimensions, (..., D) -> (..., C)."""
-
-    def __init__(self, module: nn.Module, input_shape: torch.Size):
-        super().__init__()
-        self.module = module
-        self.input_shape = input_shape  # without the batch, for example (D,) or (D, 1, 1)
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        flat = embeddings.reshape(-1, *self.input_shape)
-        return self.module(flat).reshape(*embeddings.shape[:-1], -1)
-
-
-class Backbone(nn.Module):
-    """G: runs the classifier and reads, through hooks, what its head is given and chosen feature maps."""
-
-    def __init__(self, model: nn.Module, head_name: str, feature_names: tuple[str, ...]):
-        super().__init__()
-        self.model = model
-        self.head_name = head_name
-        self.feature_names = feature_names
-
-    def forward(self, pixel_values: Tensor) -> SplitClassifierOutput:
-        """Return the embeddings, (B, D), the features, and the model's own logits, (B, C)."""
-        read: dict[str, Tensor] = {}
-
-        def hooks() -> Iterator[Any]:
-            def keep_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                given = first_tensor((*args, *kwargs.values()))
-                if given is not None:
-                    read[self.head_name] = given.flatten(1)
-
-            yield self.model.get_submodule(self.head_name).register_forward_pre_hook(keep_input, with_kwargs=True)
-            for name in self.feature_names:
-
-                def keep_output(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
-                    feature = as_map(first_tensor(output), *pixel_values.shape[-2:])
-                    if feature is not None:
-                        read[name] = feature
-
-                yield self.model.get_submodule(name).register_forward_hook(keep_output)
-
-        with hooked(hooks()):
-            logits = logits_of(self.model(pixel_values))
-        missing = [name for name in (self.head_name, *self.feature_names) if name not in read]
-        if missing:
-            raise ValueError(
-                f"{missing[0]!r} gives no feature map of images of {tuple(pixel_values.shape[-2:])} pixels; pass "
-                "images of the size that the classifier was made for."
-            )
-        return SplitClassifierOutput(
-            logits=logits,
-            embeddings=read[self.head_name],
-            features=tuple(read[name] for name in self.feature_names),
-        )
+from .splitting import check_inputs, differ, find_features, find_head, probe_like, trace
 
 
 class SplitClassifier(nn.Module):
@@ -125,17 +51,22 @@ class SplitClassifier(nn.Module):
 
     def probe(self) -> Tensor:
         """Return two images of noise of the size that the classifier takes, on its device and in its dtype."""
-        return probe_like(self.backbone.model, self.image_processor)
+        return probe_like(self.backbone.model, self.image_processor)["pixel_values"]
 
-    def forward(self, pixel_values: Tensor) -> SplitClassifierOutput:
-        """Run f once on (B, 3, H, W): logits (B, C), embeddings (B, D) and feature maps."""
-        output = self.backbone(pixel_values)
+    def forward(self, pixel_values: Tensor, **inputs: Tensor) -> SplitClassifierOutput:
+        """Run f once on (B, 3, H, W): logits (B, C), embeddings (B, D) and feature maps.
+
+        Args:
+            pixel_values: images as the classifier's image processor makes them.
+            inputs: what else the processor returns for them and the classifier reads, such as a mask of padding.
+        """
+        output = self.backbone(pixel_values, **inputs)
         output.logits = self.head(output.embeddings)
         return output
 
-    def embed(self, pixel_values: Tensor) -> Tensor:
-        """Return G(x), (B, D)."""
-        return self.backbone(pixel_values).embeddings
+    def embed(self, pixel_values: Tensor, **inputs: Tensor) -> Tensor:
+        """Return G(x), (B, D); arguments as for `forward`."""
+        return self.backbone(pixel_values, **inputs).embeddings
 
     def embed_masked(
         self, pixel_values: Tensor, keep: Tensor, grid_size: GridSize, removal: str = "zero", chunk_size: int = 128
@@ -206,7 +137,7 @@ class SplitClassifier(nn.Module):
             raise ValueError(
                 f"{self.name} has no module {missing[0]!r} to read a feature map from; choose one it has."
             )
-        backbone = Backbone(self.backbone.model, self.backbone.head_name, feature_names)
+        backbone = Backbone(self.backbone.model, self.backbone.parts, feature_names, self.backbone.other_inputs)
         return SplitClassifier(
             backbone, self.head, self.embedding_dim, self.id2label, self.multi_label, self.image_processor, self.name
         )
@@ -214,7 +145,8 @@ class SplitClassifier(nn.Module):
     def fingerprint(self) -> str:
         """Summarise the backbone's weights, head excluded; compare two with `tve_hf.fingerprint.match`."""
         model = self.backbone.model
-        head = {id(t) for t in model.get_submodule(self.backbone.head_name).state_dict(keep_vars=True).values()}
+        heads = [model.get_submodule(name) for name in self.backbone.head_names]
+        head = {id(t) for module in heads for t in module.state_dict(keep_vars=True).values()}
         return fingerprint(t for t in model.state_dict(keep_vars=True).values() if id(t) not in head)
 
 
@@ -238,17 +170,19 @@ def split_classifier(
     """Split an image classifier into backbone and head, f = H_t o G, by watching two passes over noise.
 
     The head is the innermost module with weights whose output is the logits; the embedding is what it is given.
+    Where the logits are a fixed sum or mean of several modules' outputs, the embedding is all that they are given.
     The split is accepted only if `head(embed(x))` gives the logits of another probe.
 
     Args:
         model: a classifier in eval mode, of transformers, timm or any `nn.Module` that maps pixel_values (B, 3, H, W)
             to logits (B, C); or a name or folder for `AutoModelForImageClassification.from_pretrained`.
-        image_processor: its image processor, for the size of the probe; loaded with the model if that is a name.
+        image_processor: its image processor, for the size of the probe and for what the model reads besides pixels;
+            loaded with the model if that is a name.
         dtype: precision to load a named model in, by default the one that it was saved in.
         trust_remote_code: whether a named model may run code from its repository.
 
     Raises:
-        ValueError: If the model is in train mode, or no single module gives its logits from one embedding.
+        ValueError: If the model is in train mode, reads text, or gives its logits by other ways than these.
     """
     if not isinstance(model, nn.Module):
         name = os.fspath(model)
@@ -263,48 +197,53 @@ def split_classifier(
             output_loading_info=True,
         )
         classifier = split_classifier(loaded, image_processor)
-        untrained = [key for key in report["missing_keys"] if key.startswith(classifier.backbone.head_name + ".")]
+        prefixes = tuple(f"{part}." for part in classifier.backbone.head_names)
+        untrained = [key for key in report["missing_keys"] if key.startswith(prefixes)]
         if untrained:  # transformers has drawn them at random
             raise ValueError(
                 f"{name} has no trained head ({sorted(untrained)[0]} is missing): pass a model trained to classify."
             )
         return classifier
+    check_inputs(model)
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"{training[0]} is in train mode, where dropout is active; call model.eval() first.")
 
     probe = probe_like(model, image_processor)
-    logits, calls = trace(model, probe)
+    pixel_values = probe["pixel_values"]
+    logits, calls = trace(model, **probe)
     if not torch.isfinite(logits).all():
         raise ValueError(
             f"{getattr(getattr(model, 'config', None), '_name_or_path', None) or type(model).__name__} gives NaN or "
             "infinite logits for plain noise: download or train it again, or load it in float32."
         )
-    head_call = find_head(logits, calls)
-    feature_names = find_features(calls, head_call.name, *probe.shape[-2:])
+    parts = find_head(model, logits, calls)
+    feature_names = find_features(calls, parts[0].name, pixel_values)
     del calls
     config = getattr(model, "config", None)
     num_labels = logits.shape[-1]
     id2label = getattr(config, "id2label", None)
     if not id2label or len(id2label) != num_labels:
         id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
-    input_shape = head_call.input_shape[1:]
+    backbone = Backbone(model, parts, feature_names, tuple(probe)[1:])
     classifier = SplitClassifier(
-        Backbone(model, head_call.name, feature_names),
-        Head(head_call.module, input_shape),
-        embedding_dim=math.prod(input_shape),
+        backbone,
+        Head(model, parts),
+        backbone.embedding_dim,
         id2label=id2label,
         multi_label=num_labels == 1 or getattr(config, "problem_type", None) == "multi_label_classification",
         image_processor=image_processor,
         name=getattr(config, "_name_or_path", None) or type(model).__name__,
     )
     with torch.no_grad():
-        output = classifier.backbone(probe.flip(-1).roll(1, 0))
+        output = classifier.backbone(**(probe | {"pixel_values": pixel_values.flip(-1).roll(1, 0)}))
         again = classifier.head(output.embeddings)
-    tolerance = 1e-5 if logits.dtype == torch.float32 else 1e-2
-    if (again - output.logits).abs().max() > tolerance * output.logits.abs().max().clamp(min=1):
+    if differ(again, output.logits):
+        names = ", ".join(
+            f"{part.name!r}{', averaged over positions' if part.pooled and not part.by_max else ''}" for part in parts
+        )
         raise ValueError(
-            f"Cannot split {type(model).__name__}: its logits depend on more than the input of {head_call.name!r}; "
+            f"Cannot split {type(model).__name__}: its logits depend on more than the input of {names}; "
             "wrap it so that one module gives the logits from one embedding."
         )
     return classifier

@@ -120,10 +120,15 @@ def mask_patches(pixel_values: Tensor, keep: Tensor, grid_size: GridSize, remova
         Masked images, (B, K, C, H, W).
 
     Raises:
-        ValueError: If the grid does not divide the image or `removal` is unknown.
+        ValueError: If the grid does not divide the image, this is no image, or `removal` is unknown.
     """
     if removal not in REMOVALS:
         raise ValueError(f"Unknown removal operator {removal!r}; choose one of {', '.join(REMOVALS)}.")
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            f"Patches are masked in images (B, C, H, W), but pixel_values has shape {tuple(pixel_values.shape)}; "
+            "pass images, and a classifier that takes them."
+        )
     rows, columns = as_pair(grid_size)
     height, width = pixel_values.shape[-2:]
     if height % rows or width % columns:

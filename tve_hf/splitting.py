@@ -1,10 +1,12 @@
 """Look at one forward pass of a classifier: where its logits come from, and which modules give feature maps."""
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -14,6 +16,8 @@ from .patches import as_pair, is_grid, token_grid
 
 # Depths, as shares of the blocks that the trace saw, at which an explainer reads feature maps.
 FEATURE_DEPTHS = (1 / 3, 2 / 3, 1.0)
+# The most heads that the logits may be a sum of; models that distil have two.
+MAX_HEADS = 4
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -25,14 +29,23 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def logits_of(output: Any) -> Tensor:
+    """The logits of what a model returns, (B, C); axes of one element, as of a single query, are dropped."""
     logits = getattr(output, "logits", None)
     logits = first_tensor(output) if logits is None else logits
+    if logits is not None and logits.ndim > 2 and logits[0].numel() == max(logits.shape[1:]):
+        logits = logits.flatten(1)
     if logits is None or logits.ndim != 2:
         found = type(output).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
         raise ValueError(
             f"The model returned {found}; pass an image classifier whose logits have shape (batch, classes)."
         )
     return logits
+
+
+def differ(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether logits differ by more than the rounding of their precision explains."""
+    tolerance = 1e-5 if theirs.dtype in (torch.float32, torch.float64) else 1e-2
+    return not bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 
 
 def as_map(value: Tensor | None, height: int, width: int) -> Tensor | None:
@@ -67,11 +80,11 @@ class Call:
 
     name: str
     module: nn.Module
-    input_shape: torch.Size
+    given: Tensor
     output: Tensor
 
 
-def trace(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, list[Call]]:
+def trace(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Tensor, list[Call]]:
     """Run the model once; return its logits and the calls of its modules in the order in which they ended."""
     calls: list[Call] = []
 
@@ -81,33 +94,137 @@ def trace(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, list[Call]]:
             def record(module: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
                 given, result = first_tensor((*args, *kwargs.values())), first_tensor(output)
                 if name and given is not None and result is not None:
-                    calls.append(Call(name, module, given.shape, result))
+                    calls.append(Call(name, module, given, result))
 
             yield module.register_forward_hook(record, with_kwargs=True)
 
     with hooked(hooks()), torch.no_grad():
-        return logits_of(model(pixel_values)), calls
+        return logits_of(model(pixel_values, **inputs)), calls
 
 
-def find_head(logits: Tensor, calls: list[Call]) -> Call:
-    """Find the innermost module with weights whose output is the logits."""
+@dataclass(frozen=True)
+class HeadPart:
+    """A module that gives the logits, or a fixed share of them, from a part of the embedding.
 
-    def is_logits(value: Tensor) -> bool:
-        return value.numel() == logits.numel() and torch.equal(value.reshape(logits.shape).to(logits.dtype), logits)
+    Args:
+        name: the module's.
+        pooled: axes of positions, over which the model takes the mean or maximum of the module's output. The mean is
+            taken of its input instead, which is the same for a linear module such as a 1 x 1 convolution; for a
+            maximum, the inputs at all positions are the embedding.
+        by_max: whether it is the maximum.
+        scale: the logits are the sum over all parts of scale * output.
+        start: where its input begins in the embedding; parts that are given the same share it.
+        input_shape: of that input for one image.
+    """
 
-    found = [c for c in calls if is_logits(c.output) and any(True for _ in c.module.parameters())]
-    inner = [c for c in found if not any(o.name.startswith(c.name + ".") for o in found)]
-    if len(inner) != 1:
-        names = ", ".join(c.name for c in inner) or "they are computed outside of a module, or from several heads"
-        raise ValueError(
-            f"Cannot split the classifier: {len(inner)} of its modules output its logits, expected one ({names}); "
-            "wrap it so that one nn.Linear or similar module gives the logits."
+    name: str
+    pooled: tuple[int, ...] = ()
+    by_max: bool = False
+    scale: float = 1.0
+    start: int = 0
+    input_shape: tuple[int, ...] = ()
+
+    @property
+    def stop(self) -> int:
+        return self.start + math.prod(self.input_shape)
+
+    def pool(self, output: Tensor) -> Tensor:
+        """The module's output with its positions pooled."""
+        if not self.pooled:
+            return output
+        return output.amax(self.pooled, keepdim=True) if self.by_max else output.mean(self.pooled, keepdim=True)
+
+    def read(self, given: Tensor) -> Tensor:
+        """What of the module's input is a part of the embedding."""
+        return given if self.by_max else self.pool(given)
+
+
+class Candidate(NamedTuple):
+    """A module that may be a head, what it was given, and the logits it would give, (B, C)."""
+
+    part: HeadPart
+    given: Tensor
+    logits: Tensor
+
+
+def find_candidates(calls: list[Call], logits_shape: torch.Size, num_weights: int) -> list[Candidate]:
+    """Find the innermost modules with weights whose outputs have the shape of logits, perhaps at several positions."""
+    batch, classes = logits_shape
+    candidates = []
+    for call in calls:
+        own = sum(1 for _ in call.module.parameters())
+        # The whole network in a wrapper outputs the logits too, but leaves no weights for a backbone.
+        is_network = own == num_weights and any(True for _ in call.module.children())
+        if not own or is_network:
+            continue
+        shape, given = call.output.shape, call.given
+        for axis in range(1, len(shape)):
+            pooled = tuple(i for i in range(1, len(shape)) if i != axis and shape[i] > 1)
+            at_positions = given.ndim == len(shape) and all(given.shape[i] == shape[i] for i in pooled)
+            if shape[0] == batch and shape[axis] == classes and (at_positions or not pooled):
+                for by_max in (False, True) if pooled else (False,):
+                    part = HeadPart(call.name, pooled, by_max)
+                    logits = part.pool(call.output).reshape(batch, classes)
+                    if torch.isfinite(logits).all():
+                        candidates.append(Candidate(part, part.read(given), logits))
+                break
+    return [
+        outer
+        for outer in candidates
+        if not any(
+            inner.part.name.startswith(outer.part.name + ".") and not differ(inner.logits, outer.logits)
+            for inner in candidates
         )
-    return inner[0]
+    ]
 
 
-def find_features(calls: list[Call], before: str, height: int, width: int) -> tuple[str, ...]:
+def weighted_sum(logits: Tensor, candidates: list[Candidate]) -> list[Candidate]:
+    """Choose the fewest last candidates of which the logits are a weighted sum, found by least squares."""
+    wanted = logits.double().cpu()
+    for count in range(1, min(len(candidates), MAX_HEADS) + 1):
+        last = candidates[-count:]
+        shares = torch.stack([candidate.logits.double().cpu() for candidate in last], -1)  # (B, C, count)
+        solution = torch.linalg.lstsq(shares.flatten(0, 1), wanted.flatten().unsqueeze(1)).solution.flatten()
+        # A weight that the model has as 1/2 is found as 0.4999999.
+        simple = [float(Fraction(scale).limit_denominator(8)) for scale in solution.tolist()]
+        for scales in (simple, solution.tolist()):
+            if not differ((shares @ torch.tensor(scales, dtype=torch.float64)).to(logits.dtype), logits.cpu()):
+                return [
+                    candidate._replace(part=replace(candidate.part, scale=scale))
+                    for candidate, scale in zip(last, scales, strict=True)
+                    if differ(wanted - scale * candidate.logits.double().cpu(), wanted)  # it does contribute
+                ]
+    return []
+
+
+def find_head(model: nn.Module, logits: Tensor, calls: list[Call]) -> list[HeadPart]:
+    """Find the innermost module with weights whose output is the logits, or several of which they are a fixed sum.
+
+    Raises:
+        ValueError: If there are none, or if more than one gives the logits by itself.
+    """
+    candidates = find_candidates(calls, logits.shape, sum(1 for _ in model.parameters()))
+    whole = [candidate for candidate in candidates if not differ(candidate.logits, logits)]
+    chosen = whole or weighted_sum(logits, candidates)
+    if len(whole) > 1 or not chosen:
+        names = ", ".join(candidate.part.name for candidate in whole) or "they are computed outside of a module"
+        raise ValueError(
+            f"Cannot split the classifier: {len(whole)} of its modules output its logits, expected one ({names}) or "
+            "several of which they are a weighted sum; wrap it so that one nn.Linear or similar module gives them."
+        )
+    parts: list[HeadPart] = []
+    for i, (part, given, _) in enumerate(chosen):
+        same = [other for other, before in zip(parts, chosen[:i], strict=True) if torch.equal(before.given, given)]
+        start = same[0].start if same else max((other.stop for other in parts), default=0)
+        parts.append(replace(part, start=start, input_shape=tuple(given.shape[1:])))
+    return parts
+
+
+def find_features(calls: list[Call], before: str, pixel_values: Tensor) -> tuple[str, ...]:
     """Choose the blocks, at fixed shares of the depth, whose outputs are feature maps."""
+    if pixel_values.ndim != 4:  # patches in a row, whose places in the image are not known
+        return ()
+    height, width = pixel_values.shape[-2:]
     names = [c.name for c in calls]
     calls = [c for c in calls[: names.index(before)] if names.count(c.name) == 1]
     modules = {c.name: c.module for c in calls}
@@ -120,15 +237,51 @@ def find_features(calls: list[Call], before: str, height: int, width: int) -> tu
     return tuple(blocks[i] for i in positions)
 
 
-def probe_like(model: nn.Module, image_processor: Any) -> Tensor:
-    """A batch of two noise images of the size that the model takes, on its device and in its dtype."""
+def check_inputs(model: nn.Module) -> None:
+    """Refuse a model that cannot be watched, or that reads tokens, as its `forward` says.
+
+    Raises:
+        ValueError: If it is compiled to TorchScript, or `forward` takes `input_ids`.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"Cannot split {type(model).__name__}: what happens inside TorchScript cannot be watched; pass the module "
+            "that it was made from."
+        )
+    names = inspect.signature(model.forward).parameters
+    if "input_ids" in names:
+        reads = "text (input_ids) beside the image" if "pixel_values" in names else "tokens (input_ids), not pixels"
+        raise ValueError(
+            f"Cannot split {type(model).__name__}: it reads {reads}, and an attribution is of pixels alone; pass a "
+            "classifier that reads nothing but pixel_values."
+        )
+
+
+def probe_like(model: nn.Module, image_processor: Any) -> dict[str, Tensor]:
+    """Noise in the place of two images, as the model takes them: pixel_values first, then what else it may read.
+
+    On the model's device and in its dtype.
+    """
+    parameter = next(model.parameters())
+    others: dict[str, Tensor] = {}
     if image_processor is not None:
-        shape = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[1:]
+        given = dict(image_processor(Image.new("RGB", (64, 64)), return_tensors="pt"))
+        if "pixel_values" not in given:
+            raise ValueError(
+                f"The image processor gives {', '.join(given)}, but no pixel_values; pass one that makes pixel_values."
+            )
+        shape = given.pop("pixel_values").shape[1:]
+        others = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     else:
         config = getattr(model, "config", None)
-        size = getattr(config, "image_size", None) or 224
-        height, width = as_pair(size)
-        shape = (getattr(config, "num_channels", 3), height, width)
-    parameter = next(model.parameters())
+        configs = [config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))]
+        size = next((c.image_size for c in configs if getattr(c, "image_size", None)), 224)
+        channels = next((c.num_channels for c in configs if getattr(c, "num_channels", None)), 3)
+        shape = (channels, *as_pair(size))
     noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(parameter.device, parameter.dtype)
+    return {"pixel_values": noise.to(parameter.device, parameter.dtype)} | {
+        name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None).repeat_interleave(
+            2, 0
+        )
+        for name, value in others.items()
+    }
