@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train, measure and describe the checkpoints that the package ships. About three hours on two CPU cores.
+# Train, measure and describe the checkpoints that the package ships. About two and a half hours on two CPU cores.
 #
 #   examples/shipped_checkpoints.sh DATA MODELS
 #
-# DATA holds parquet image sets (tiny_imagenet, cats_vs_dogs, imagenet_samples), MODELS the pretrained MobileNets.
+# DATA holds parquet image sets (tiny_imagenet, cats_vs_dogs), MODELS the pretrained teacher.
 set -euo pipefail
 data=$1 models=$2
 checkpoints=tve_hf/checkpoints
@@ -33,10 +33,6 @@ tve-hf pretrain --classifier $vit --train_files "$data/tiny_imagenet/train-*.par
     --validation_files "$data/tiny_imagenet/test-*.parquet" --output_dir $runs/explainer --grid_size 8 --hops 1 \
     --hidden_size 192 --num_hidden_layers 4
 ship $runs/explainer $explainer
-
-python examples/study_rules.py --output_file $results/rules.json --num_images 64 \
-    --case $vit 8 1 "$data/tiny_imagenet/test-*.parquet" $explainer \
-    --case "$models/mobilenet_v1_0.5_160_imagenet" 10 1 "$data/imagenet_samples/test-*.parquet" none
 
 for task in tiny_imagenet cats_vs_dogs; do
     classifier=$([ $task = tiny_imagenet ] && echo $vit || echo $pets)
