@@ -54,7 +54,7 @@ def test_explainer_card_holds_the_numbers_and_parses(explainer_folder, report):
     card = render_card(explainer_folder, [report])
     parsed = ModelCard(str(card))
     assert parsed.data.license == "cc-by-nc-4.0"
-    assert parsed.data.library_name == "transformers"
+    assert parsed.data.to_dict()["library_name"] == "transformers"
     for text in ("| toy_task", "43.2%", "0.77", "0.28", "0.123", "0.46", "0.79", "321", "1234 steps", "`toy-vit`"):
         assert text in parsed.text, text
     assert "| toy_task | zero | tve | 0.310 ± 0.110 | 0.120 ± 0.070 | 0.190 ± 0.130 | 0.150 to 0.210 |" in parsed.text
