@@ -223,19 +223,21 @@ def processor_of() -> Callable[..., Any]:
     return make
 
 
+def _shared(name: str) -> Path:
+    """A folder of real data next to the repository; tests that read it are skipped where it is not."""
+    path = Path(__file__).resolve().parents[2] / "shared" / name
+    if not path.is_dir():
+        pytest.skip(f"needs ../shared/{name}")
+    return path
+
+
 @pytest.fixture(scope="session")
 def shared_models_dir() -> Path:
-    """Real classifiers next to the repository; tests that read them are skipped where they are not."""
-    path = Path(__file__).resolve().parents[2] / "shared" / "models"
-    if not path.is_dir():
-        pytest.skip("needs the classifiers in ../shared/models")
-    return path
+    """Folder of real pretrained classifiers."""
+    return _shared("models")
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of the real image sets, next to the repository."""
-    path = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not path.exists():
-        pytest.skip("needs the images in ../shared/data")
-    return path
+    """Folder of real image sets."""
+    return _shared("data")

@@ -308,7 +308,7 @@ def test_heads_that_are_combined_or_pooled(randomized, processor_of, images, end
     assert classifier.backbone.head_names == names
     if len(names) > 1:
         with pytest.raises(ValueError, match=f"a sum over {names[0]}, {names[1]}; read head_names"):
-            classifier.backbone.head_name  # noqa: B018
+            _ = classifier.backbone.head_name
     assert scales is None or [part.scale for part in classifier.backbone.parts] == pytest.approx(scales, abs=1e-6)
     for side in (32, 48):
         if side == 48 and any(part.by_max for part in classifier.backbone.parts):

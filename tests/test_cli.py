@@ -12,7 +12,6 @@ from tiny import GRID, LABELS, noise_image, save_classifier, save_pair
 from transformers import pipeline
 
 from tve_hf.cli import main
-from tve_hf.pipeline_tve import DEFAULT_EXPLAINER
 from tve_hf.strict_json import dumps
 
 
@@ -212,8 +211,6 @@ def test_in_a_process_of_its_own(pair, photos, tmp_path):
 
 
 def test_default_photograph_and_checkpoints(tmp_path, monkeypatch, capsys):
-    if not DEFAULT_EXPLAINER.exists():
-        pytest.skip("the shipped checkpoints are not in this checkout")
     pytest.importorskip("skimage")
     monkeypatch.chdir(tmp_path)
     assert main(["explain"]) == 0

@@ -23,6 +23,7 @@ def explainer_folder(tmp_path):
         "embedding_dim": 24,
     }
     arguments = {"batch_size": 64, "patches_per_image": 8, "learning_rate": 0.001, "num_epochs": 2, "seed": 0}
+    arguments["train_files"] = ["toy/train.parquet"]
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "training.json").write_text(json.dumps({"arguments": arguments, "log": [{"step": 1234}]}))
     return folder
@@ -55,7 +56,19 @@ def test_explainer_card_holds_the_numbers_and_parses(explainer_folder, report):
     parsed = ModelCard(str(card))
     assert parsed.data.license == "cc-by-nc-4.0"
     assert parsed.data.to_dict()["library_name"] == "transformers"
-    for text in ("| toy_task", "43.2%", "0.77", "0.28", "0.123", "0.46", "0.79", "321", "1234 steps", "`toy-vit`"):
+    for text in (
+        "| toy_task",
+        "43.2%",
+        "0.77",
+        "0.28",
+        "0.123",
+        "0.46",
+        "0.79",
+        "321",
+        "1234 steps",
+        "`toy-vit`",
+        "toy/train.parquet",
+    ):
         assert text in parsed.text, text
     assert "| toy_task | zero | tve | 0.310 ± 0.110 | 0.120 ± 0.070 | 0.190 ± 0.130 | 0.150 to 0.210 |" in parsed.text
     assert "91% on toy_task" in parsed.text
@@ -63,9 +76,12 @@ def test_explainer_card_holds_the_numbers_and_parses(explainer_folder, report):
 
 
 def test_classifier_card(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "id2label": {"0": "a", "1": "b"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "vit", "image_size": 48, "patch_size": 6, "id2label": {"0": "a", "1": "b"}})
+    )
     (tmp_path / "training.json").write_text(json.dumps({"test_accuracy": 0.875, "arguments": {"seed": 3}}))
     card = render_card(tmp_path, [])
+    assert "48 × 48 pixels in patches of 6 × 6" in card.text
     assert "87.5%" in card.text and "2 classes" in card.text and "`seed`: `3`" in card.text
 
 

@@ -7,15 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-import tve_hf
-
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
 def test_readme_python_blocks_run(tmp_path, monkeypatch):
-    if not tve_hf.DEFAULT_EXPLAINER.exists():
-        pytest.skip("the shipped checkpoints are not in this checkout")
     data = pytest.importorskip("skimage.data")
     cat = Image.fromarray(data.chelsea())
     for name in ("photo.jpg", "a.jpg", "b.jpg"):

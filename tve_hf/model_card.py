@@ -75,6 +75,7 @@ def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, d
         "agreement": _agreement(results),
         "fidelity": _fidelity(results),
         "shares": " and ".join(shares),
+        "train_files": ", ".join(arguments["train_files"]),
         "steps": str(last["step"]),
         "batch_size": str(arguments["batch_size"]),
         "patches_per_image": str(arguments["patches_per_image"]),
@@ -88,7 +89,13 @@ def _classifier_values(folder: Path, config: dict[str, Any], results: dict[str, 
     training = _read(folder / "training.json")
     accuracy = training["test_accuracy"] if "test_accuracy" in training else training["log"][-1]["test_accuracy"]
     settings = "\n".join(f"- `{name}`: `{value}`" for name, value in training["arguments"].items())
-    return {"accuracy": f"{accuracy:.1%}", "classes": str(len(config["id2label"])), "settings": settings}
+    return {
+        "accuracy": f"{accuracy:.1%}",
+        "classes": str(len(config["id2label"])),
+        "image_size": str(config["image_size"]),
+        "patch_size": str(config["patch_size"]),
+        "settings": settings,
+    }
 
 
 # How a checkpoint is described, by its model_type: template, its values, and metadata for the Hub.
