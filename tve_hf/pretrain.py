@@ -27,6 +27,8 @@ from .patches import sample_patches
 
 logger = logging.get_logger(__name__)
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass
 class PretrainArguments:
@@ -152,6 +154,9 @@ def pretrain(args: PretrainArguments) -> TVEExplainer:
     explainer = TVEExplainer(config).to(accelerator.device)
     with torch.no_grad():
         explainer.empty_embedding.copy_(classifier.embed(torch.zeros_like(classifier.probe()))[0])
+    # Frozen, so in half precision throughout: under autocast its weights would be cast anew in every pass.
+    dtype = HALF.get(accelerator.mixed_precision, torch.float32)
+    teacher = split_classifier(args.classifier, dtype=dtype).to(accelerator.device)
 
     data = load_images(args.train_files, args.image_column, classifier)
     loader = DataLoader(data, batch_size=args.batch_size, shuffle=True, drop_last=True)
@@ -206,9 +211,10 @@ def pretrain(args: PretrainArguments) -> TVEExplainer:
                 )
             patch_idx = sample_patches(len(pixel_values), config.num_patches, args.patches_per_image, generator)
             patch_idx = patch_idx.to(pixel_values.device)
-            with accelerator.autocast(), torch.no_grad():
-                seen = classifier(pixel_values)
-                kept, removed = exact_meta_attribution(classifier, pixel_values, args.grid_size, args.hops, patch_idx)
+            with torch.no_grad():
+                images = pixel_values.to(teacher.dtype)
+                seen = teacher(images)
+                kept, removed = exact_meta_attribution(teacher, images, args.grid_size, args.hops, patch_idx)
             output = model(
                 pixel_values=pixel_values,
                 features=seen.features,
