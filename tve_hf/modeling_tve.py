@@ -340,7 +340,8 @@ class TVEExplainer(TVEPreTrainedModel):
         if not isinstance(explainer.trunk, TVEMAETrunk):
             raise ValueError(f'trunk="{config.trunk}" has no Mask-AutoEncoder to initialise, set trunk="vit_mae".')
         checkpoint = ViTMAEForPreTraining.from_pretrained(pretrained)
-        for autoencoder in explainer.trunk.autoencoders:
+        autoencoders: Iterable[Any] = explainer.trunk.autoencoders
+        for autoencoder in autoencoders:
             autoencoder.load_vit_mae(checkpoint, pretrained)
         return explainer
 
