@@ -20,6 +20,7 @@ LAYERS = {
     "configuration_tve": 0,
     "strict_json": 0,
     "comparison": 0,
+    "remote_code": 0,
     "plots": 0,
     "splitting": 0.5,
     "parts": 0.7,

@@ -88,6 +88,10 @@ class TVEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Turn `mae_config` into a config object, and give the Mask-AutoEncoder trunk one if it has none."""
+        if __package__ == "tve_hf":
+            # A pushed explainer names a copy of the pipeline's code, for those without this package. Here the task is
+            # registered, and the copy shall be neither loaded nor asked trust for.
+            kwargs.pop("custom_pipelines", None)
         if self.trunk == "vit_mae" and self.mae_config is None:
             self.mae_config = {}
         super().__post_init__(**kwargs)
