@@ -21,6 +21,8 @@ LAYERS = {
     "strict_json": 0,
     "splitting": 0.5,
     "parts": 0.7,
+    "prompts": 0.5,
+    "zero_shot": 0.9,
     "modeling_tve": 1,
     "classifiers": 1,
     "visualization": 1,
