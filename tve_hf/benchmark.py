@@ -29,6 +29,10 @@ class EvaluateArguments:
     model: str = field(metadata={"help": "Explainer of its backbone: a name or folder."})
     test_files: list[str] = field(metadata={"help": "Parquet files (or patterns) of held-out images."})
     output_file: str = field(metadata={"help": "JSON file for settings, per-image values and summary."})
+    candidate_labels: list[str] = field(default_factory=list, metadata={"help": "Classes of a zero-shot classifier."})
+    hypothesis_template: list[str] = field(
+        default_factory=list, metadata={"help": 'Sentences for them; "This is a photo of {}." by default.'}
+    )
     image_column: str = field(default="image")
     label_column: str = field(default="label", metadata={"help": "Used for the accuracy, where it exists."})
     num_images: int = field(default=300)
@@ -77,7 +81,12 @@ def agreement(
 
 def evaluate(args: EvaluateArguments) -> dict[str, Any]:
     """Run one evaluation and write its report as JSON."""
-    classifier = split_classifier(args.classifier, dtype=torch.float32)
+    classifier = split_classifier(
+        args.classifier,
+        dtype=torch.float32,
+        candidate_labels=args.candidate_labels or None,
+        hypothesis_template=args.hypothesis_template or None,
+    )
     explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval()
     grid = explainer.config.grid_shape
     data = load_dataset("parquet", data_files=args.test_files, split="train")

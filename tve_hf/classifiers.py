@@ -243,7 +243,9 @@ def split_classifier(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-        classifier = split_classifier(loaded, image_processor, candidate_labels=candidate_labels)
+        classifier = split_classifier(
+            loaded, image_processor, candidate_labels=candidate_labels, hypothesis_template=hypothesis_template
+        )
         prefixes = tuple(f"{part}." for part in classifier.backbone.head_names)
         untrained = [key for key in report["missing_keys"] if key.startswith(prefixes)]
         if untrained:  # transformers has drawn them at random
@@ -268,7 +270,7 @@ def split_classifier(
             name=name,
             text=text,
         )
-    if candidate_labels is not None:
+    if not (candidate_labels is None and hypothesis_template is None):
         raise no_text_tower(name)
     check_inputs(model)
 
