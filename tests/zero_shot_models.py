@@ -35,7 +35,7 @@ TINY: dict[str, dict[str, Any]] = {
     "align": {
         "vision_config": {"image_size": SIDE, "width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320},
         "text_config": _TEXT,
-        "projection_dim": 320,
+        "projection_dim": 80,
     },
     "altclip": _CLIP | {"text_config": _TEXT | {"project_dim": 32}},
     "blip": _CLIP | {"text_config": _TEXT | {"is_decoder": False}},

@@ -101,7 +101,7 @@ class TextTower(nn.Module):
             lengths = [len(ids) for ids in self.tokenizer(list(sentences))["input_ids"]]
             longest = max(range(len(lengths)), key=lengths.__getitem__)
             raise ValueError(
-                f"The prompt {sentences[longest]!r} has {lengths[longest]} tokens, but the text tower of {self.name} "
+                f"The prompt {sentences[longest][:50]!r}... has {lengths[longest]} tokens, but the text tower of {self.name} "
                 f"reads at most {self.max_length}; shorten the label or the template."
             )
         return {name: value.to(next(self.model.parameters()).device) for name, value in tokens.items()}

@@ -18,7 +18,7 @@ from .prompts import TextTower, pooled, sentences_of
 from .splitting import HeadPart, differ, find_features, hooked, probe_like, trace
 
 # Of different lengths; their logits are compared with the model's own.
-_SENTENCES = ("a cat", "This is a photo of two dogs on a red chair.")
+_SENTENCES = ("a cat", "two dogs on a chair")
 # As many of the user's prompts are compared too; more would only repeat it.
 _MAX_COMPARED = 64
 
