@@ -17,6 +17,7 @@ from untouched import left_as_found
 from zero_shot_models import SIDE, TINY, make_model, make_processor, make_tokenizer
 
 import tve_hf
+from tve_hf.benchmark import EvaluateArguments, evaluate
 from tve_hf.cli import main
 from tve_hf.fingerprint import match
 from tve_hf.patches import neighborhoods
@@ -450,6 +451,29 @@ def test_pre_training_needs_no_prompts_unless_it_validates(settings, tmp_path):
     assert np.isfinite([row["kept_error"], row["removed_error"]]).all() and -1 <= row["spearman"] <= 1
 
 
+def test_evaluation_takes_prompts(saved, settings, tmp_path):
+    folder, explainer = saved
+    args = EvaluateArguments(
+        classifier=str(folder),
+        model=str(explainer),
+        test_files=settings["train_files"],
+        output_file=str(tmp_path / "report.json"),
+        methods=["random"],
+        removals=["zero"],
+        candidate_labels=LABELS,
+        hypothesis_template=["{}"],
+    )
+    report = evaluate(args)
+    classifier = tve_hf.split_classifier(folder, candidate_labels=LABELS, hypothesis_template="{}")
+    images = [noise_image(seed) for seed in range(4)]
+    pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        class_idx = classifier(pixel_values).logits.argmax(-1)
+    scores = tve_hf.methods.explain("exact", classifier, pixel_values, class_idx, GRID, hops=HOPS)
+    found = tve_hf.fidelity(classifier, pixel_values, scores, class_idx)
+    assert report["per_image"]["exact/zero/plus"] == pytest.approx(found.plus_auc.tolist(), abs=1e-4)
+
+
 def test_prompts_that_make_no_classes_are_refused(shared):
     classifier = split(shared("clip"))
 
@@ -473,10 +497,13 @@ def test_prompts_that_make_no_classes_are_refused(shared):
     refused("prompt 'This is a photo of a cat .*'... has 88 tokens, but .*CLIPModel reads at most 64; shorten", long)
 
 
-def test_prompts_are_cut_by_neither_tokenizer_nor_text_tower(shared):
+def test_prompts_may_be_as_long_as_the_tokenizer_says(shared):
     processor = make_processor("clip", model_max_length=8)
+    classifier = tve_hf.split_classifier(
+        shared("clip"), processor, candidate_labels=["cat " * 6], hypothesis_template="{}"
+    )
     with pytest.raises(ValueError, match="has 9 tokens, but .* reads at most 8"):
-        tve_hf.split_classifier(shared("clip"), processor, candidate_labels=["cat " * 7], hypothesis_template="{}")
+        classifier.with_prompts(["cat " * 7])
 
 
 def test_classifiers_without_prompts_have_a_backbone_only(shared):

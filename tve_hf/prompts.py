@@ -101,8 +101,8 @@ class TextTower(nn.Module):
             lengths = [len(ids) for ids in self.tokenizer(list(sentences))["input_ids"]]
             longest = max(range(len(lengths)), key=lengths.__getitem__)
             raise ValueError(
-                f"The prompt {sentences[longest][:50]!r}... has {lengths[longest]} tokens, but the text tower of {self.name} "
-                f"reads at most {self.max_length}; shorten the label or the template."
+                f"The prompt {sentences[longest][:50]!r}... has {lengths[longest]} tokens, but the text tower of "
+                f"{self.name} reads at most {self.max_length}; shorten the label or the template."
             )
         return {name: value.to(next(self.model.parameters()).device) for name, value in tokens.items()}
 
