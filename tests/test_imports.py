@@ -26,6 +26,8 @@ LAYERS = {
     "parts": 0.7,
     "cells": 0.7,
     "report": 0.7,
+    "prompts": 0.5,
+    "zero_shot": 0.9,
     "modeling_tve": 1,
     "classifiers": 1,
     "visualization": 1,

@@ -44,6 +44,10 @@ class EvaluateArguments:
     removals: list[str] = field(
         default_factory=lambda: ["zero", "blur"], metadata={"help": f"Removal operators: {', '.join(REMOVALS)}."}
     )
+    candidate_labels: list[str] = field(default_factory=list, metadata={"help": "Classes of a zero-shot classifier."})
+    hypothesis_template: list[str] = field(
+        default_factory=list, metadata={"help": 'Sentences for them; "This is a photo of {}." by default.'}
+    )
     image_column: str = field(default="image")
     label_column: str = field(default="label", metadata={"help": "Used for the accuracy, where it exists."})
     num_images: int = field(default=300)
@@ -64,7 +68,12 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
     for removal in args.removals:
         if removal not in REMOVALS:
             raise ValueError(f"Unknown removal operator {removal!r}; choose among {', '.join(REMOVALS)}.")
-    classifier = split_classifier(args.classifier, dtype=torch.float32).to(state.device)
+    classifier = split_classifier(
+        args.classifier,
+        dtype=torch.float32,
+        candidate_labels=args.candidate_labels or None,
+        hypothesis_template=args.hypothesis_template or None,
+    ).to(state.device)
     explainer = None
     if args.model is not None:
         explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval().to(state.device)

@@ -1,7 +1,7 @@
 """Split an image classifier f = H_t o G into backbone G and head H_t by looking at one forward pass, not by name."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,15 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from .fingerprint import fingerprint
 from .parts import Backbone, Head, SplitClassifierOutput
 from .patches import GridSize, mask_patches
+from .prompts import PromptHead, TextTower, check_prompts, no_text_tower
 from .splitting import check_inputs, differ, find_features, find_head, probe_like, trace
+from .zero_shot import load_zero_shot, split_towers, takes_prompts
 
 
 class SplitClassifier(nn.Module):
     """An image classifier f = H_t o G as its two parts, `backbone` and `head`.
 
-    Made by `split_classifier`; `with_head` puts another head on the same backbone.
+    Made by `split_classifier`; `with_head` and `with_prompts` put another head on the same backbone.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class SplitClassifier(nn.Module):
         multi_label: bool = False,
         image_processor: Any = None,
         name: str = "classifier",
+        text: TextTower | None = None,
     ):
         super().__init__()
         self.backbone = backbone
@@ -39,6 +42,7 @@ class SplitClassifier(nn.Module):
         self.multi_label = multi_label
         self.image_processor = image_processor
         self.name = name
+        self.text = text  # of a zero-shot model: makes heads of prompts
         self.train(backbone.model.training)
 
     @property
@@ -121,9 +125,33 @@ class SplitClassifier(nn.Module):
         if len(id2label) != num_labels:
             raise ValueError(f"id2label names {len(id2label)} classes, but the head gives {num_labels} logits.")
         module = head if isinstance(head, nn.Module) else _Function(head)
-        return SplitClassifier(
-            self.backbone, module, self.embedding_dim, id2label, multi_label, self.image_processor, self.name
-        )
+        return self._but(head=module, id2label=id2label, multi_label=multi_label)
+
+    def with_prompts(
+        self, candidate_labels: Sequence[str] | None = None, hypothesis_template: str | Sequence[str] | None = None
+    ) -> "SplitClassifier":
+        """Put a head of other prompts on the image tower of a zero-shot model; only its text tower is run.
+
+        With a softmax, a single label has probability 1 whatever the image shows: give it alternatives.
+
+        Args:
+            candidate_labels: the classes, which become `id2label` as they are; by default those it has.
+            hypothesis_template: a sentence with {} in the place of the label, or several to average over as in CLIP's
+                zero-shot evaluation; by default the one it has, at first "This is a photo of {}.".
+
+        Raises:
+            ValueError: If there is no text tower, or labels or templates are empty, blank, repeated or too long.
+        """
+        if self.text is None:
+            raise no_text_tower(self.name)
+        before = self.head if isinstance(self.head, PromptHead) else None
+        if candidate_labels is None and before is not None:
+            candidate_labels = before.labels or None
+        if hypothesis_template is None and before is not None:
+            hypothesis_template = before.templates
+        labels, templates = check_prompts(candidate_labels, hypothesis_template)
+        head = self.text.head(labels, templates)
+        return self._but(head=head, id2label=dict(enumerate(labels)), multi_label=self.text.sigmoid)
 
     def reading(self, feature_names: tuple[str, ...]) -> "SplitClassifier":
         """Return this classifier with `features` read from these modules; backbone and head are shared, not copied.
@@ -138,9 +166,12 @@ class SplitClassifier(nn.Module):
                 f"{self.name} has no module {missing[0]!r} to read a feature map from; choose one it has."
             )
         backbone = Backbone(self.backbone.model, self.backbone.parts, feature_names, self.backbone.other_inputs)
-        return SplitClassifier(
-            backbone, self.head, self.embedding_dim, self.id2label, self.multi_label, self.image_processor, self.name
-        )
+        return self._but(backbone=backbone)
+
+    def _but(self, **changes: Any) -> "SplitClassifier":
+        """This classifier with some parts replaced; the others are shared, not copied."""
+        parts = ("backbone", "head", "embedding_dim", "id2label", "multi_label", "image_processor", "name", "text")
+        return SplitClassifier(**({part: getattr(self, part) for part in parts} | changes))
 
     def fingerprint(self) -> str:
         """Summarise the backbone's weights, head excluded; compare two with `tve_hf.fingerprint.match`."""
@@ -166,6 +197,8 @@ def split_classifier(
     image_processor: Any = None,
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
+    candidate_labels: Sequence[str] | None = None,
+    hypothesis_template: str | Sequence[str] | None = None,
 ) -> SplitClassifier:
     """Split an image classifier into backbone and head, f = H_t o G, by watching two passes over noise.
 
@@ -173,19 +206,33 @@ def split_classifier(
     Where the logits are a fixed sum or mean of several modules' outputs, the embedding is all that they are given.
     The split is accepted only if `head(embed(x))` gives the logits of another probe.
 
+    In a zero-shot model the backbone is the image tower, and the head compares its embedding with those of prompts:
+    logits are its `logits_per_image`, probabilities a sigmoid of them where the model adds a bias, else a softmax.
+    Without `candidate_labels` it has a backbone only, until `with_prompts`.
+
     Args:
         model: a classifier in eval mode, of transformers, timm or any `nn.Module` that maps pixel_values (B, 3, H, W)
-            to logits (B, C); or a name or folder for `AutoModelForImageClassification.from_pretrained`.
+            to logits (B, C), or a zero-shot model; or a name or folder for
+            `AutoModelForImageClassification.from_pretrained`, or `AutoModelForZeroShotImageClassification` if it was
+            saved as such.
         image_processor: its image processor, for the size of the probe and for what the model reads besides pixels;
-            loaded with the model if that is a name.
+            of a zero-shot model the processor, which holds the tokenizer too. Loaded with the model if that is a name.
         dtype: precision to load a named model in, by default the one that it was saved in.
         trust_remote_code: whether a named model may run code from its repository.
+        candidate_labels, hypothesis_template: prompts for a zero-shot model, as for `with_prompts`.
 
     Raises:
         ValueError: If the model is in train mode, reads text, or gives its logits by other ways than these.
     """
     if not isinstance(model, nn.Module):
         name = os.fspath(model)
+        zero_shot = load_zero_shot(name, dtype or "auto", trust_remote_code)
+        if zero_shot is not None:
+            loaded, processor = zero_shot
+            processor = image_processor or processor
+            return split_classifier(
+                loaded, processor, candidate_labels=candidate_labels, hypothesis_template=hypothesis_template
+            )
         image_processor = image_processor or AutoImageProcessor.from_pretrained(
             name, trust_remote_code=trust_remote_code
         )
@@ -196,7 +243,9 @@ def split_classifier(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-        classifier = split_classifier(loaded, image_processor)
+        classifier = split_classifier(
+            loaded, image_processor, candidate_labels=candidate_labels, hypothesis_template=hypothesis_template
+        )
         prefixes = tuple(f"{part}." for part in classifier.backbone.head_names)
         untrained = [key for key in report["missing_keys"] if key.startswith(prefixes)]
         if untrained:  # transformers has drawn them at random
@@ -204,18 +253,33 @@ def split_classifier(
                 f"{name} has no trained head ({sorted(untrained)[0]} is missing): pass a model trained to classify."
             )
         return classifier
-    check_inputs(model)
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"{training[0]} is in train mode, where dropout is active; call model.eval() first.")
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or type(model).__name__
+    if takes_prompts(model):
+        labels, templates = check_prompts(candidate_labels, hypothesis_template)
+        backbone, text = split_towers(model, image_processor, name, labels, templates)
+        return SplitClassifier(
+            backbone,
+            text.head(labels, templates),
+            backbone.embedding_dim,
+            id2label=dict(enumerate(labels)),
+            multi_label=text.sigmoid,
+            image_processor=image_processor.image_processor,
+            name=name,
+            text=text,
+        )
+    if not (candidate_labels is None and hypothesis_template is None):
+        raise no_text_tower(name)
+    check_inputs(model)
 
     probe = probe_like(model, image_processor)
     pixel_values = probe["pixel_values"]
     logits, calls = trace(model, **probe)
     if not torch.isfinite(logits).all():
         raise ValueError(
-            f"{getattr(getattr(model, 'config', None), '_name_or_path', None) or type(model).__name__} gives NaN or "
-            "infinite logits for plain noise: download or train it again, or load it in float32."
+            f"{name} gives NaN or infinite logits for plain noise: download or train it again, or load it in float32."
         )
     parts = find_head(model, logits, calls)
     feature_names = find_features(calls, parts[0].name, pixel_values)
@@ -233,7 +297,7 @@ def split_classifier(
         id2label=id2label,
         multi_label=num_labels == 1 or getattr(config, "problem_type", None) == "multi_label_classification",
         image_processor=image_processor,
-        name=getattr(config, "_name_or_path", None) or type(model).__name__,
+        name=name,
     )
     with torch.no_grad():
         output = classifier.backbone(**(probe | {"pixel_values": pixel_values.flip(-1).roll(1, 0)}))

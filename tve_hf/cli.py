@@ -53,6 +53,15 @@ def explain(arguments: list[str]) -> int:
     parser.add_argument("--classifier", help="name or folder of an image classifier; the shipped one by default")
     parser.add_argument("--model", help="name or folder of an explainer of its backbone; the shipped one by default")
     parser.add_argument("--label", action="append", help="explain this class instead of the predicted one; repeatable")
+    parser.add_argument(
+        "--candidate-labels", nargs="+", metavar="LABEL", help="classes of a zero-shot classifier, such as CLIP"
+    )
+    parser.add_argument(
+        "--hypothesis-template",
+        nargs="+",
+        metavar="TEXT",
+        help='what they are put in; default "This is a photo of {}."',
+    )
     parser.add_argument("--top-k", type=int, help="explain the k most probable classes")
     parser.add_argument("--verify", type=int, metavar="N", help="compare with exact scores on N random patches")
     parser.add_argument("--output", type=Path, default=Path("explanations"), metavar="DIR", help="where results go")
@@ -63,7 +72,13 @@ def explain(arguments: list[str]) -> int:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    asked = {"label": args.label, "top_k": args.top_k, "verify": args.verify}
+    asked = {
+        "label": args.label,
+        "top_k": args.top_k,
+        "verify": args.verify,
+        "candidate_labels": args.candidate_labels,
+        "hypothesis_template": args.hypothesis_template,
+    }
     images: list[tuple[str, Any]] = [(image, image) for image in args.images]
     if not images:
         images = [("chelsea.png", _default_photograph())]

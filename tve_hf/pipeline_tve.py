@@ -34,12 +34,17 @@ class TransferableAttributionPipeline(Pipeline):
     explain("cat.jpg")                          # the predicted class
     explain(["a.jpg", "b.jpg"], batch_size=2, top_k=3)
     explain("cat.jpg", label="tabby", verify=16)
+
+    explain = pipeline("transferable-attribution", model=explainer, classifier=clip, candidate_labels=["cat", "dog"])
+    explain("cat.jpg", candidate_labels=["tabby", "sofa"])   # another head, made by the text tower alone
     ```
 
     Args:
         classifier: the classifier f = H_t o G to explain, on the backbone G that the explainer was pre-trained for: a
-            `SplitClassifier`, a model, or a name for `AutoModelForImageClassification.from_pretrained`. By default
-            the one that is shipped with the default explainer.
+            `SplitClassifier`, a model, or a name for `split_classifier`. By default the one that is shipped with the
+            default explainer.
+        candidate_labels, hypothesis_template: the classes of a zero-shot classifier and the sentence, or sentences to
+            average over, that they are put in, as for `SplitClassifier.with_prompts`; for all calls that give none.
 
     For each image and class, the pipeline gives a dict:
 
@@ -61,6 +66,8 @@ class TransferableAttributionPipeline(Pipeline):
         model: PreTrainedModel,
         classifier: SplitClassifier | nn.Module | str | os.PathLike | None = None,
         image_processor: BaseImageProcessor | None = None,
+        candidate_labels: Sequence[str] | None = None,
+        hypothesis_template: str | Sequence[str] | None = None,
         **kwargs: Any,
     ):
         if model.config.model_type != "tve":
@@ -75,10 +82,14 @@ class TransferableAttributionPipeline(Pipeline):
                     f"{model.config.backbone_name!r} that this explainer was pre-trained for."
                 )
             classifier = DEFAULT_CLASSIFIER
-        if isinstance(classifier, nn.Module) and not isinstance(classifier, SplitClassifier):
-            classifier = split_classifier(classifier, image_processor)
-        elif not isinstance(classifier, SplitClassifier):
-            classifier = split_classifier(classifier, dtype=kwargs.get("dtype"))
+        prompts: dict[str, Any] = {"candidate_labels": candidate_labels, "hypothesis_template": hypothesis_template}
+        if isinstance(classifier, SplitClassifier):
+            if not (candidate_labels is None and hypothesis_template is None):
+                classifier = classifier.with_prompts(**prompts)
+        elif isinstance(classifier, nn.Module):
+            classifier = split_classifier(classifier, image_processor, **prompts)
+        else:
+            classifier = split_classifier(classifier, dtype=kwargs.get("dtype"), **prompts)
         self.classifier = classifier
         # The classifier's own processor is right for its predictions; the explainer's is the same or does not fit.
         image_processor = classifier.image_processor or image_processor
@@ -96,9 +107,15 @@ class TransferableAttributionPipeline(Pipeline):
         rule: str | None = None,
         verify: int | None = None,
         timeout: float | None = None,
+        candidate_labels: Sequence[str] | None = None,
+        hypothesis_template: str | Sequence[str] | None = None,
     ) -> tuple[dict, dict, dict]:
         preprocess = {} if timeout is None else {"timeout": timeout}
         forward: dict[str, Any] = {}
+        classifier = self.classifier
+        if not (candidate_labels is None and hypothesis_template is None):
+            classifier = classifier.with_prompts(candidate_labels, hypothesis_template)
+            forward["classifier"] = classifier
         if sum(x is not None for x in (top_k, class_idx, label)) > 1:
             raise ValueError("top_k, class_idx and label exclude one another; pass one of them.")
         if top_k is not None:
@@ -106,15 +123,12 @@ class TransferableAttributionPipeline(Pipeline):
                 raise ValueError(f"top_k is {top_k}; ask for at least one class.")
             forward |= {"top_k": top_k, "classes": None}
         if label is not None:
-            forward["classes"] = [self._index_of(name) for name in ([label] if isinstance(label, str) else label)]
+            forward["classes"] = [label] if isinstance(label, str) else list(label)
         if class_idx is not None:
             forward["classes"] = [operator.index(index) for index in np.atleast_1d(class_idx).tolist()]
-            outside = [index for index in forward["classes"] if index not in self.classifier.id2label]
-            if outside:
-                raise ValueError(
-                    f"class_idx {outside[0]} is not a class of {self.classifier.name}, which has "
-                    f"{len(self.classifier.id2label)}, counted from 0."
-                )
+        # Other prompts may come in a later call than the classes.
+        for asked in (getattr(self, "_forward_params", {}) | forward).get("classes") or ():
+            self._index_of(asked, classifier)
         if forward.get("classes") == []:
             raise ValueError("No class was given; pass at least one as class_idx or label, or neither of them.")
         if rule is not None:
@@ -126,12 +140,19 @@ class TransferableAttributionPipeline(Pipeline):
             forward["num_verified"] = verify
         return preprocess, forward, {}
 
-    def _index_of(self, label: str) -> int:
-        """Find a class by its name or, failing that, by one of the comma-separated synonyms in a name, in any case."""
-        wanted = label.strip().lower()
+    def _index_of(self, asked: int | str, classifier: SplitClassifier) -> int:
+        """Find a class by number, or in any case by its name or else by a comma-separated synonym in a name."""
+        if isinstance(asked, int):
+            if asked not in classifier.id2label:
+                raise ValueError(
+                    f"class_idx {asked} is not a class of {classifier.name}, which has {len(classifier.id2label)}, "
+                    "counted from 0."
+                )
+            return asked
+        wanted = asked.strip().lower()
         names: dict[str, list[int]] = {}
         synonyms: dict[str, list[int]] = {}
-        for index, name in self.classifier.id2label.items():
+        for index, name in classifier.id2label.items():
             names.setdefault(name.strip().lower(), []).append(index)
             for part in name.split(","):
                 synonyms.setdefault(part.strip().lower(), []).append(index)
@@ -141,11 +162,11 @@ class TransferableAttributionPipeline(Pipeline):
             holding = [name for name in known if f" {wanted} " in f" {name} "]
             near = list(dict.fromkeys(holding + difflib.get_close_matches(wanted, known, cutoff=0.5)))[:3]
             hint = f"; did you mean {', '.join(repr(n) for n in near)}?" if near else "; see classifier.id2label."
-            raise ValueError(f"{label!r} is not a class of {self.classifier.name}{hint}")
+            raise ValueError(f"{asked!r} is not a class of {classifier.name}{hint}")
         if len(found) > 1:
             raise ValueError(
-                f"{label!r} names the classes {', '.join(f'{i} ({self.classifier.id2label[i]})' for i in found)} of "
-                f"{self.classifier.name}; pass one of them as class_idx."
+                f"{asked!r} names the classes {', '.join(f'{i} ({classifier.id2label[i]})' for i in found)} of "
+                f"{classifier.name}; pass one of them as class_idx."
             )
         return found[0]
 
@@ -161,6 +182,7 @@ class TransferableAttributionPipeline(Pipeline):
             rule: how embeddings become scores, a key of `tve_hf.attribution.RULES`.
             verify: also compare with exact scores on this many random patches: two masked passes each.
             timeout: seconds to wait for a download.
+            candidate_labels, hypothesis_template: other prompts for a zero-shot classifier, in this call.
             batch_size, num_workers: as in every pipeline.
 
         Returns:
@@ -190,29 +212,32 @@ class TransferableAttributionPipeline(Pipeline):
         self,
         model_inputs: dict[str, Any],
         top_k: int = 1,
-        classes: list[int] | None = None,
+        classes: list[int | str] | None = None,
         rule: str = DEFAULT_RULE,
         num_verified: int | None = None,
+        classifier: SplitClassifier | None = None,
     ) -> ModelOutput:
+        classifier = classifier or self.classifier
         pixel_values: Tensor = model_inputs["pixel_values"]
         # A lone image comes as it is, a batch of them as a list.
         pictures = model_inputs["image"] if isinstance(model_inputs["image"], list) else [model_inputs["image"]]
         config = self.model.config
-        seen = self.classifier(pixel_values)
+        seen = classifier(pixel_values)
         predicted = self.model(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
-        log_prob = self.classifier.log_prob(seen.embeddings)
+        log_prob = classifier.log_prob(seen.embeddings)
         if classes is None:
             class_idx = log_prob.topk(min(top_k, log_prob.shape[-1])).indices
         else:
-            class_idx = torch.tensor(classes, device=log_prob.device).expand(len(log_prob), -1)
+            indices = [self._index_of(asked, classifier) for asked in classes]
+            class_idx = torch.tensor(indices, device=log_prob.device).expand(len(log_prob), -1)
         scores = transfer(
-            predicted.kept, predicted.removed, self.classifier, class_idx, rule, config.grid_size, config.hops
+            predicted.kept, predicted.removed, classifier, class_idx, rule, config.grid_size, config.hops
         )
         verifications = None
         if num_verified is not None:
             verifications = [
                 verify(
-                    self.classifier,
+                    classifier,
                     pixel_values,
                     predicted.kept,
                     predicted.removed,
@@ -229,6 +254,7 @@ class TransferableAttributionPipeline(Pipeline):
                 "image": picture,
                 "rule": rule,
                 "class_idx": class_idx[i].cpu(),
+                "labels": [classifier.id2label[index] for index in class_idx[i].tolist()],
                 "score": log_prob[i, class_idx[i]].exp().cpu(),
                 "attribution": scores[i].unflatten(-1, config.grid_shape).float().cpu(),
                 "verification": None if verifications is None else [column[i] for column in verifications],
@@ -249,7 +275,7 @@ class TransferableAttributionPipeline(Pipeline):
             attribution = result["attribution"][k].numpy()
             drawn = heatmap(attribution, picture.size, region)
             explanation = {
-                "label": self.classifier.id2label[index],
+                "label": result["labels"][k],
                 "class_idx": index,
                 "score": result["score"][k].item(),
                 "attribution": attribution,

@@ -38,6 +38,12 @@ class PretrainArguments:
     train_files: list[str] = field(metadata={"help": "Parquet files (or patterns) with an image column."})
     output_dir: str = field(metadata={"help": "Where checkpoints and the explainer go."})
     validation_files: list[str] = field(default_factory=list, metadata={"help": "Held-out images, likewise."})
+    candidate_labels: list[str] = field(
+        default_factory=list, metadata={"help": "Classes of a zero-shot classifier: for validation only."}
+    )
+    hypothesis_template: list[str] = field(
+        default_factory=list, metadata={"help": 'Sentences for them; "This is a photo of {}." by default.'}
+    )
     image_column: str = field(default="image")
     grid_size: int = field(default=14, metadata={"help": "P: patches along a side."})
     hops: int = field(default=2, metadata={"help": "Radius of a patch's neighbourhood."})
@@ -62,7 +68,7 @@ def config_for(classifier: SplitClassifier, grid_size: int, hops: int, **sizes: 
     """Describe an explainer for this classifier's backbone: its image, grid, features and fingerprint."""
     pixel_values = classifier.probe()
     with torch.no_grad():
-        output = classifier(pixel_values)
+        output = classifier.backbone(pixel_values)
     processor = classifier.image_processor
     return TVEConfig(
         image_size=list(pixel_values.shape[-2:]),
@@ -143,7 +149,14 @@ def pretrain(args: PretrainArguments) -> TVEExplainer:
     set_seed(args.seed)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    classifier = split_classifier(args.classifier, dtype=torch.float32).to(accelerator.device)
+    classifier = split_classifier(
+        args.classifier,
+        dtype=torch.float32,
+        candidate_labels=args.candidate_labels or None,
+        hypothesis_template=args.hypothesis_template or None,
+    ).to(accelerator.device)
+    if args.validation_files:
+        classifier(classifier.probe())  # compares scores of a class, which a zero-shot model may not have: say so now
     sizes = {
         "hidden_size": args.hidden_size,
         "num_hidden_layers": args.num_hidden_layers,
@@ -213,7 +226,7 @@ def pretrain(args: PretrainArguments) -> TVEExplainer:
             patch_idx = patch_idx.to(pixel_values.device)
             with torch.no_grad():
                 images = pixel_values.to(teacher.dtype)
-                seen = teacher(images)
+                seen = teacher.backbone(images)
                 kept, removed = exact_meta_attribution(teacher, images, args.grid_size, args.hops, patch_idx)
             output = model(
                 pixel_values=pixel_values,
