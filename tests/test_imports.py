@@ -19,6 +19,8 @@ LAYERS = {
     "inputs": 0,
     "configuration_tve": 0,
     "strict_json": 0,
+    "heads": 0,
+    "wrapping": 0,
     "splitting": 0.5,
     "parts": 0.7,
     "modeling_tve": 1,
@@ -38,7 +40,7 @@ LAYERS = {
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Extras, and what they bring along: never needed to explain an image.
-HEAVY = ["accelerate", "captum", "datasets", "evaluate", "gradio", "matplotlib", "skimage", "sklearn", "timm"]
+HEAVY = ["accelerate", "captum", "datasets", "evaluate", "gradio", "matplotlib", "peft", "skimage", "sklearn", "timm"]
 TRAINING = {"benchmark", "pretrain"}
 
 
