@@ -20,7 +20,7 @@ LAYERS = {
     "configuration_tve": 0,
     "strict_json": 0,
     "heads": 0,
-    "wrapping": 0,
+    "wrapped": 0,
     "splitting": 0.5,
     "parts": 0.7,
     "modeling_tve": 1,

@@ -15,7 +15,7 @@ from .heads import BinaryHead, as_head, try_head
 from .parts import Backbone, Head, SplitClassifierOutput
 from .patches import GridSize, mask_patches
 from .splitting import check_inputs, differ, find_features, find_head, probe_like, trace
-from .wrapping import is_compiled, is_dispatched, named_weights, placement, unwrapped
+from .wrapped import is_compiled, is_dispatched, named_weights, placement, unwrapped
 
 logger = logging.get_logger(__name__)
 
@@ -174,7 +174,7 @@ class SplitClassifier(nn.Module):
         )
 
     def _module_name(self, name: str) -> str:
-        """Find a module by its name, or by the end of it where the model is wrapped in another or compiled in parts."""
+        """Find a module by its name, or by its end where the model is in another, or compiled in parts."""
         names = {other.replace("_orig_mod.", ""): other for other, _ in self.backbone.model.named_modules()}
         found = [name] if name in names else [other for other in names if other.endswith(f".{name}")]
         if len(found) != 1:

@@ -9,7 +9,7 @@ from transformers.utils import logging
 from .classifiers import SplitClassifier
 from .fingerprint import match
 from .modeling_tve import TVEExplainer
-from .wrapping import named_weights
+from .wrapped import named_weights
 
 logger = logging.get_logger(__name__)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .splitting import HeadPart, as_map, first_tensor, hooked, logits_of
-from .wrapping import uncompiled
+from .wrapped import uncompiled
 
 
 @dataclass

@@ -20,7 +20,7 @@ from .compatibility import fit
 from .images import load_image, seen_region
 from .inputs import images_of
 from .visualization import Region, heatmap, overlay
-from .wrapping import is_dispatched
+from .wrapped import is_dispatched
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 DEFAULT_EXPLAINER = CHECKPOINTS / "tve-vit-tiny-tiny-imagenet"

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .patches import as_pair, is_grid, token_grid
-from .wrapping import count_weights, has_adapters, placement, uncompiled
+from .wrapped import count_weights, has_adapters, placement, uncompiled
 
 # Depths, as shares of the blocks that the trace saw, at which an explainer reads feature maps.
 FEATURE_DEPTHS = (1 / 3, 2 / 3, 1.0)

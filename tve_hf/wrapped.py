@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module that `torch.compile` was given, or the model itself."""
-    return model.get_submodule("_orig_mod") if "_orig_mod" in dict(model.named_children()) else model
+    return model.get_submodule("_orig_mod") if "_orig_mod" in model._modules else model
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether `torch.compile` has wrapped a module in it, or compiled one in place."""
-    return any(m._compiled_call_impl is not None or unwrapped(m) is not m for m in model.modules())
+    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
 
 
 @contextmanager
@@ -46,9 +46,8 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 def has_adapters(module: nn.Module) -> bool:
     """Whether a module is PEFT's stand-in for another one: that one with adapters, or a trained copy of it."""
-    children = dict(module.named_children())
-    return ("base_layer" in children and hasattr(module, "merge")) or (
-        "original_module" in children and hasattr(module, "unload_and_optionally_merge_module")
+    return ("base_layer" in module._modules and hasattr(module, "merge")) or (
+        "original_module" in module._modules and hasattr(module, "unload_and_optionally_merge_module")
     )
 
 
