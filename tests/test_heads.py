@@ -20,11 +20,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
+from tiny import noise_image, save_pair
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification, pipeline
 
 import tve_hf
-from tve_hf import SplitClassifier, split_classifier
+from tve_hf import SplitClassifier, TVEExplainer, split_classifier
 from tve_hf.heads import LEAST_PROBABILITY, EstimatorHead, NeighborsHead, PrototypeHead
 from tve_hf.methods import explain
 
@@ -199,6 +200,25 @@ def test_estimators_of_other_embeddings_or_several_outputs_are_refused(classifie
     several = MultiOutputClassifier(LogisticRegression()).fit(embeddings, np.stack([labels, labels % 2], 1))
     with pytest.raises(ValueError, match="MultiOutputClassifier has 2 outputs; pass a classifier of one"):
         classifier.with_head(several)
+
+
+def test_a_pipeline_explains_an_estimator_by_its_own_class_names(tmp_path) -> None:
+    folder, explainer = save_pair(tmp_path)
+    split = split_classifier(folder)
+    processor = split.image_processor
+    pictures = [noise_image(seed) for seed in range(12)]
+    with torch.no_grad():
+        embeddings = split.embed(processor(pictures, return_tensors="pt")["pixel_values"])
+    estimator = LogisticRegression().fit(embeddings.numpy(), ["crow", "dove"] * 6)
+    explain = pipeline("transferable-attribution", model=str(explainer), classifier=split.with_head(estimator))
+    (found,) = explain(pictures[0], label="dove")
+    assert found["score"] == pytest.approx(estimator.predict_proba(embeddings[:1].double().numpy())[0, 1], abs=1e-5)
+    with torch.no_grad():
+        pixel_values = processor(pictures[0], return_tensors="pt")["pixel_values"]
+        seen = split(pixel_values)
+        out = TVEExplainer.from_pretrained(explainer)(pixel_values, seen.features, seen.embeddings)
+    log_odds = [estimator.predict_log_proba(part[0].numpy())[:, 1] for part in (out.kept, out.removed)]
+    np.testing.assert_allclose(found["attribution"].flatten(), log_odds[0] - log_odds[1], rtol=1e-3, atol=1e-4)
 
 
 # --- prototypes -----------------------------------------------------------------------------------------------------
