@@ -22,6 +22,8 @@ LAYERS = {
     "comparison": 0,
     "remote_code": 0,
     "plots": 0,
+    "heads": 0,
+    "wrapped": 0,
     "splitting": 0.5,
     "parts": 0.7,
     "cells": 0.7,
@@ -46,7 +48,7 @@ LAYERS = {
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Extras, and what they bring along: never needed to explain an image.
-HEAVY = ["accelerate", "captum", "datasets", "evaluate", "gradio", "matplotlib", "skimage", "sklearn", "timm"]
+HEAVY = ["accelerate", "captum", "datasets", "evaluate", "gradio", "matplotlib", "peft", "skimage", "sklearn", "timm"]
 TRAINING = {"benchmark", "judge", "plots", "pretrain"}
 
 

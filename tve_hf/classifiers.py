@@ -8,13 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import logging
 
 from .fingerprint import fingerprint
+from .heads import BinaryHead, as_head, try_head
 from .parts import Backbone, Head, SplitClassifierOutput
 from .patches import GridSize, mask_patches
 from .prompts import PromptHead, TextTower, check_prompts, no_text_tower
 from .splitting import check_inputs, differ, find_features, find_head, probe_like, trace
 from .zero_shot import load_zero_shot, split_towers, takes_prompts
+from .wrapped import is_compiled, is_dispatched, named_weights, placement, unwrapped
+
+logger = logging.get_logger(__name__)
 
 
 class SplitClassifier(nn.Module):
@@ -47,11 +52,11 @@ class SplitClassifier(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.backbone.parameters()).device
+        return placement(self.backbone.model)[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.backbone.parameters()).dtype
+        return placement(self.backbone.model)[1]
 
     def probe(self) -> Tensor:
         """Return two images of noise of the size that the classifier takes, on its device and in its dtype."""
@@ -95,37 +100,62 @@ class SplitClassifier(nn.Module):
         return torch.cat(rows).unflatten(0, (batch, num_masks))
 
     def log_prob(self, embeddings: Tensor) -> Tensor:
-        """Return log H_t(e) in float32, (..., D) -> (..., C): log-softmax, or log-sigmoid of a multi-label head."""
+        """Return log H_t(e) in float32, (..., D) -> (..., C): log-softmax, or log-sigmoid of a multi-label head.
+
+        Finite wherever the head's logits are.
+        """
         logits = self.head(embeddings).float()
         return F.logsigmoid(logits) if self.multi_label else logits.log_softmax(-1)
 
+    def to(self, *args: Any, **kwargs: Any) -> "SplitClassifier":
+        """Move or cast the classifier, as every module.
+
+        Raises:
+            ValueError: If it is spread over devices by accelerate, which then moves its inputs and weights.
+        """
+        if is_dispatched(self):
+            raise ValueError(
+                f"{self.name} was placed by its device_map and cannot be moved; leave it where it is, or load it "
+                "without device_map."
+            )
+        return super().to(*args, **kwargs)
+
     def with_head(
         self,
-        head: nn.Module | Callable[[Tensor], Tensor],
-        id2label: dict[int, str] | None = None,
+        head: nn.Module | Callable[[Tensor], Tensor] | Tensor | Any,
+        id2label: dict[int, str] | Sequence[str] | None = None,
         multi_label: bool = False,
     ) -> "SplitClassifier":
         """Put another head H_t, (..., D) -> (..., C), on this backbone; the backbone is shared, not copied.
 
+        Args:
+            head: a module; a function of embeddings; class prototypes (C, D), compared by their cosine; or a fitted
+                classifier of scikit-learn. See `tve_hf.heads` for these with settings, and for nearest neighbours.
+                It is put into eval mode.
+            id2label: names of the classes; by default those of the estimator. If it names two classes and the head
+                gives one logit z, the classes have the logits (0, z).
+            multi_label: whether each class has a probability of its own, sigmoid(logit); so it is for a lone logit.
+
         Raises:
+            TypeError: If it is no head.
             ValueError: If the head does not accept this backbone's embeddings, or `id2label` has another length.
         """
-        probe = torch.zeros(2, self.embedding_dim, device=self.device, dtype=self.dtype)
-        try:
-            with torch.no_grad():
-                logits = head(probe)
-        except RuntimeError as error:
-            raise ValueError(
-                f"The head does not accept embeddings of {self.embedding_dim} dimensions ({error}); "
-                "pass one made for this backbone."
-            ) from error
-        num_labels = logits.shape[-1]
+        module = as_head(head, self.embedding_dim, multi_label).eval()
+        probe = torch.randn(2, 3, self.embedding_dim, generator=torch.Generator().manual_seed(0))
+        probe[0, 0] = 0
+        if isinstance(head, Tensor):
+            module = module.to(self.device)
+        module, num_labels = try_head(module, probe.to(self.device, self.dtype))
         if id2label is None:
-            id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
-        if len(id2label) != num_labels:
-            raise ValueError(f"id2label names {len(id2label)} classes, but the head gives {num_labels} logits.")
-        module = head if isinstance(head, nn.Module) else _Function(head)
-        return self._but(head=module, id2label=id2label, multi_label=multi_label)
+            id2label = getattr(module, "id2label", None) or {i: f"LABEL_{i}" for i in range(num_labels)}
+        names = dict(id2label) if isinstance(id2label, dict) else dict(enumerate(id2label))
+        if num_labels == 1 and len(names) == 2:
+            module, num_labels, multi_label = BinaryHead(module), 2, False
+        if len(names) != num_labels:
+            raise ValueError(f"id2label names {len(names)} classes, but the head gives {num_labels} logits.")
+        if set(names) != set(range(num_labels)):
+            raise ValueError(f"id2label has the keys {list(names)}; number the classes from 0 to {num_labels - 1}.")
+        return self._but(head=module, id2label=names, multi_label=multi_label or num_labels == 1)
 
     def with_prompts(
         self, candidate_labels: Sequence[str] | None = None, hypothesis_template: str | Sequence[str] | None = None
@@ -159,13 +189,8 @@ class SplitClassifier(nn.Module):
         Raises:
             ValueError: If the classifier has no such module.
         """
-        modules = dict(self.backbone.model.named_modules())
-        missing = [name for name in feature_names if name not in modules]
-        if missing:
-            raise ValueError(
-                f"{self.name} has no module {missing[0]!r} to read a feature map from; choose one it has."
-            )
-        backbone = Backbone(self.backbone.model, self.backbone.parts, feature_names, self.backbone.other_inputs)
+        found = tuple(self._module_name(name) for name in feature_names)
+        backbone = Backbone(self.backbone.model, self.backbone.parts, found, self.backbone.other_inputs)
         return self._but(backbone=backbone)
 
     def _but(self, **changes: Any) -> "SplitClassifier":
@@ -173,23 +198,22 @@ class SplitClassifier(nn.Module):
         parts = ("backbone", "head", "embedding_dim", "id2label", "multi_label", "image_processor", "name", "text")
         return SplitClassifier(**({part: getattr(self, part) for part in parts} | changes))
 
+    def _module_name(self, name: str) -> str:
+        """Find a module by its name, or by its end where the model is in another, or compiled in parts."""
+        names = {other.replace("_orig_mod.", ""): other for other, _ in self.backbone.model.named_modules()}
+        found = [name] if name in names else [other for other in names if other.endswith(f".{name}")]
+        if len(found) != 1:
+            raise ValueError(f"{self.name} has no module {name!r} to read a feature map from; choose one it has.")
+        return names[found[0]]
+
     def fingerprint(self) -> str:
-        """Summarise the backbone's weights, head excluded; compare two with `tve_hf.fingerprint.match`."""
+        """Summarise the backbone's weights, head excluded; compare two with `tve_hf.fingerprint.match`.
+
+        They are the weights that it computes with: active adapters count as if they were merged, others do not.
+        """
         model = self.backbone.model
         heads = [model.get_submodule(name) for name in self.backbone.head_names]
-        head = {id(t) for module in heads for t in module.state_dict(keep_vars=True).values()}
-        return fingerprint(t for t in model.state_dict(keep_vars=True).values() if id(t) not in head)
-
-
-class _Function(nn.Module):
-    """A plain callable as a module, so that it can be a submodule."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        return self.function(embeddings)
+        return fingerprint(weight for _, weight in named_weights(model, without=heads))
 
 
 def split_classifier(
@@ -204,7 +228,8 @@ def split_classifier(
 
     The head is the innermost module with weights whose output is the logits; the embedding is what it is given.
     Where the logits are a fixed sum or mean of several modules' outputs, the embedding is all that they are given.
-    The split is accepted only if `head(embed(x))` gives the logits of another probe.
+    The split is accepted only if `head(embed(x))` gives the logits of another probe. One logit z of a model that names
+    two classes becomes the logits (0, z).
 
     In a zero-shot model the backbone is the image tower, and the head compares its embedding with those of prompts:
     logits are its `logits_per_image`, probabilities a sigmoid of them where the model adds a bias, else a softmax.
@@ -253,6 +278,12 @@ def split_classifier(
                 f"{name} has no trained head ({sorted(untrained)[0]} is missing): pass a model trained to classify."
             )
         return classifier
+    if is_compiled(model):
+        logger.warning(
+            f"{type(unwrapped(model)).__name__} is compiled: its embeddings are read by hooks, which compiled code "
+            "skips, so it runs uncompiled here."
+        )
+        model = unwrapped(model)
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"{training[0]} is in train mode, where dropout is active; call model.eval() first.")
@@ -286,9 +317,8 @@ def split_classifier(
     del calls
     config = getattr(model, "config", None)
     num_labels = logits.shape[-1]
-    id2label = getattr(config, "id2label", None)
-    if not id2label or len(id2label) != num_labels:
-        id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
+    names = getattr(config, "id2label", None) or {}
+    id2label = names if len(names) == num_labels else {i: f"LABEL_{i}" for i in range(num_labels)}
     backbone = Backbone(model, parts, feature_names, tuple(probe)[1:])
     classifier = SplitClassifier(
         backbone,
@@ -310,4 +340,6 @@ def split_classifier(
             f"Cannot split {type(model).__name__}: its logits depend on more than the input of {names}; "
             "wrap it so that one module gives the logits from one embedding."
         )
+    if num_labels == 1 and len(names) == 2:  # one logit for two classes
+        return classifier.with_head(classifier.head, names)
     return classifier

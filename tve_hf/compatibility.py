@@ -9,6 +9,7 @@ from transformers.utils import logging
 from .classifiers import SplitClassifier
 from .fingerprint import match
 from .modeling_tve import TVEExplainer
+from .wrapped import named_weights
 
 logger = logging.get_logger(__name__)
 
@@ -66,7 +67,7 @@ def fit(explainer: TVEExplainer, classifier: SplitClassifier, image_processor: A
             )
     owners: dict[str, nn.Module] = {named: explainer, f"The classifier {classifier.name}": classifier}
     for owner, module in owners.items():
-        bad = [name for name, weight in module.state_dict().items() if not torch.isfinite(weight).all()]
+        bad = [name for name, weight in named_weights(module) if not torch.isfinite(weight).all()]
         if bad:
             raise ValueError(f"{owner} holds NaN or infinity in {bad[0]}; download or train it again.")
     return classifier.reading(tuple(config.feature_names))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .splitting import HeadPart, as_map, first_tensor, hooked, logits_of
+from .wrapped import uncompiled
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Head(nn.Module):
         shares = []
         for part, module in zip(self.parts, self.heads, strict=True):
             given = embeddings[..., part.start : part.stop].reshape(-1, *part.input_shape)
-            logits = part.pool(module(given)).reshape(*embeddings.shape[:-1], -1)
+            # Of a model that is spread over devices, the last part may lie on another one.
+            logits = part.pool(module(given)).reshape(*embeddings.shape[:-1], -1).to(embeddings.device)
             shares.append(logits if part.scale == 1 else part.scale * logits)
         return shares[0] if len(shares) == 1 else torch.stack(shares).sum(0)
 
@@ -105,7 +107,7 @@ class Backbone(nn.Module):
                 def keep_input(module: nn.Module, args: tuple, kwargs: dict, part: HeadPart = part) -> None:
                     given = first_tensor((*args, *kwargs.values()))
                     if given is not None:
-                        embeddings[part.start] = part.read(given).flatten(1)
+                        embeddings[part.start] = part.read(given).flatten(1).to(pixel_values.device)
 
                 yield self.model.get_submodule(part.name).register_forward_pre_hook(keep_input, with_kwargs=True)
             for name in self.feature_names:
@@ -113,18 +115,18 @@ class Backbone(nn.Module):
                 def keep_output(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
                     feature = as_map(first_tensor(output), *pixel_values.shape[-2:])
                     if feature is not None:
-                        features[name] = feature
+                        features[name] = feature.to(pixel_values.device)
 
                 yield self.model.get_submodule(name).register_forward_hook(keep_output)
 
-        with hooked(hooks()):
+        with uncompiled(self.model), hooked(hooks()):
             logits = logits_of(self.model(pixel_values, **inputs))
         missing = [part.name for part in self.parts if part.start not in embeddings]
         missing += [name for name in self.feature_names if name not in features]
         if missing:
             raise ValueError(
                 f"{missing[0]!r} gives no embedding or feature map of images of {tuple(pixel_values.shape[-2:])} "
-                "pixels; pass images of the size that the classifier was made for."
+                "pixels; pass images of the size that the classifier was made for, or split it again if it changed."
             )
         embedding = torch.cat([embeddings[start] for start in sorted(embeddings)], -1)  # (B, D)
         if embedding.shape[-1] != self.embedding_dim:

@@ -20,6 +20,7 @@ from .compatibility import fit
 from .images import load_image, seen_region
 from .inputs import images_of
 from .visualization import Region, heatmap, overlay
+from .wrapped import is_dispatched
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 DEFAULT_EXPLAINER = CHECKPOINTS / "tve-vit-tiny-tiny-imagenet"
@@ -96,7 +97,8 @@ class TransferableAttributionPipeline(Pipeline):
         if image_processor is None:
             raise ValueError(f"No image processor came with {classifier.name}; pass image_processor=.")
         super().__init__(model, image_processor=image_processor, **kwargs)
-        self.classifier = fit(model, classifier.to(self.device), image_processor)
+        classifier = classifier if is_dispatched(classifier) else classifier.to(self.device)
+        self.classifier = fit(model, classifier, image_processor)
         self._regions: dict[tuple[int, int], Region] = {}  # by size of image
 
     def _sanitize_parameters(

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .patches import as_pair, is_grid, token_grid
+from .wrapped import count_weights, has_adapters, placement, uncompiled
 
 # Depths, as shares of the blocks that the trace saw, at which an explainer reads feature maps.
 FEATURE_DEPTHS = (1 / 3, 2 / 3, 1.0)
@@ -85,11 +86,17 @@ class Call:
 
 
 def trace(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Tensor, list[Call]]:
-    """Run the model once; return its logits and the calls of its modules in the order in which they ended."""
+    """Run the model once; return its logits and the calls of its modules in the order in which they ended.
+
+    A module with adapters is one module: what is inside depends on which of them are active.
+    """
     calls: list[Call] = []
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if has_adapters(module))
 
     def hooks() -> Iterator[Any]:
         for name, module in model.named_modules():
+            if name.startswith(adapted):
+                continue
 
             def record(module: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
                 given, result = first_tensor((*args, *kwargs.values())), first_tensor(output)
@@ -98,7 +105,7 @@ def trace(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Ten
 
             yield module.register_forward_hook(record, with_kwargs=True)
 
-    with hooked(hooks()), torch.no_grad():
+    with uncompiled(model), hooked(hooks()), torch.no_grad():
         return logits_of(model(pixel_values, **inputs)), calls
 
 
@@ -152,7 +159,7 @@ def find_candidates(calls: list[Call], logits_shape: torch.Size, num_weights: in
     batch, classes = logits_shape
     candidates = []
     for call in calls:
-        own = sum(1 for _ in call.module.parameters())
+        own = count_weights(call.module)
         # The whole network in a wrapper outputs the logits too, but leaves no weights for a backbone.
         is_network = own == num_weights and any(True for _ in call.module.children())
         if not own or is_network:
@@ -203,7 +210,7 @@ def find_head(model: nn.Module, logits: Tensor, calls: list[Call]) -> list[HeadP
     Raises:
         ValueError: If there are none, or if more than one gives the logits by itself.
     """
-    candidates = find_candidates(calls, logits.shape, sum(1 for _ in model.parameters()))
+    candidates = find_candidates(calls, logits.shape, count_weights(model))
     whole = [candidate for candidate in candidates if not differ(candidate.logits, logits)]
     chosen = whole or weighted_sum(logits, candidates)
     if len(whole) > 1 or not chosen:
@@ -262,7 +269,7 @@ def probe_like(model: nn.Module, image_processor: Any) -> dict[str, Tensor]:
 
     On the model's device and in its dtype.
     """
-    parameter = next(model.parameters())
+    device, dtype = placement(model)
     others: dict[str, Tensor] = {}
     if image_processor is not None:
         given = dict(image_processor(Image.new("RGB", (64, 64)), return_tensors="pt"))
@@ -279,9 +286,7 @@ def probe_like(model: nn.Module, image_processor: Any) -> dict[str, Tensor]:
         channels = next((c.num_channels for c in configs if getattr(c, "num_channels", None)), 3)
         shape = (channels, *as_pair(size))
     noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    return {"pixel_values": noise.to(parameter.device, parameter.dtype)} | {
-        name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None).repeat_interleave(
-            2, 0
-        )
+    return {"pixel_values": noise.to(device, dtype)} | {
+        name: value.to(device, dtype if value.is_floating_point() else None).repeat_interleave(2, 0)
         for name, value in others.items()
     }

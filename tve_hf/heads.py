@@ -1,0 +1,316 @@
+"""Heads H_t for a backbone that is already there: class prototypes, nearest neighbours, fitted estimators, functions.
+
+Each maps embeddings with any leading dimensions to logits, (..., D) -> (..., C), in float32 or better.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+METRICS = ("cosine", "euclidean")
+# A probability of 0 counts as this much, or as the least of the row's other probabilities if that is less.
+LEAST_PROBABILITY = float(np.finfo(np.float32).eps)
+
+
+class PrototypeHead(nn.Module):
+    """Compare an embedding with one prototype for each class, such as the mean embedding of its images.
+
+    Under "cosine", logits are scale * cos(e, c); under "euclidean" -scale * |e - c|^2, which is the log-likelihood of
+    equal round Gaussians of variance 1 / (2 * scale).
+
+    Args:
+        prototypes: (C, D), in the order of the classes.
+        metric: one of `METRICS`.
+        scale: 10 by default for "cosine", 1 for "euclidean".
+
+    Raises:
+        ValueError: If the prototypes are no finite matrix, or the metric is unknown.
+    """
+
+    prototypes: Tensor
+
+    def __init__(self, prototypes: Tensor, metric: str = "cosine", scale: float | None = None):
+        super().__init__()
+        self.register_buffer("prototypes", _points(prototypes, "prototypes", "(classes, D)", metric))
+        self.metric = metric
+        self.scale = (10.0 if metric == "cosine" else 1.0) if scale is None else scale
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.prototypes.shape[1]
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        squared_distances = _squared_distances(embeddings, self.prototypes, self.metric)
+        # |e - c|^2 = 2 - 2 cos(e, c) of unit vectors
+        return self.scale * (1 - squared_distances / 2 if self.metric == "cosine" else -squared_distances)
+
+
+class NeighborsHead(nn.Module):
+    """Let the k nearest of stored embeddings vote for their classes, nearer ones more; logits are log-probabilities.
+
+    A vote weighs 1 - d^2 / d_{k+1}^2: Epanechnikov's kernel, as wide as the distance of the next neighbour
+    (Hechenbichler and Schliep, 2004), so that it fades before a neighbour leaves the k. The votes are scaled to k in
+    all, and one more is spread evenly over the classes, so that no probability is below 1 / (C (k + 1)).
+
+    Args:
+        embeddings: (M, D).
+        labels: their classes, (M,) integers; each of 0 ... C - 1 occurs.
+        k: at least 1 and less than M.
+        metric: one of `METRICS`.
+
+    Raises:
+        ValueError: If these do not fit together.
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+
+    def __init__(self, embeddings: Tensor, labels: Tensor, k: int = 20, metric: str = "cosine"):
+        super().__init__()
+        self.register_buffer("embeddings", _points(embeddings, "embeddings", "(M, D)", metric))
+        if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; pass one integer for each of the "
+                f"{len(embeddings)} stored embeddings."
+            )
+        if not 1 <= k < len(embeddings):
+            raise ValueError(
+                f"k is {k}, but {len(embeddings)} embeddings are stored; choose k between 1 and {len(embeddings) - 1}."
+            )
+        found = labels.unique().tolist()
+        if found != list(range(len(found))):
+            raise ValueError(
+                f"labels hold {_shortened(found)}; number the classes from 0 and store at least one embedding of each."
+            )
+        self.register_buffer("labels", labels.detach().long())
+        self.num_labels = len(found)
+        self.k = k
+        self.metric = metric
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.embeddings.shape[1]
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        distances = _squared_distances(embeddings, self.embeddings, self.metric)
+        distances, index = distances.topk(self.k + 1, largest=False)
+        width = distances[..., -1:].clamp(min=torch.finfo(distances.dtype).tiny)
+        votes = (1 - distances[..., :-1] / width).clamp(min=1e-6)  # equal votes where all are equally far
+        votes = self.k * votes / votes.sum(-1, keepdim=True)
+        counts = votes.new_zeros(*votes.shape[:-1], self.num_labels)
+        counts = counts.scatter_add(-1, self.labels[index[..., :-1]], votes)
+        return ((counts + 1 / self.num_labels) / (self.k + 1)).log()
+
+
+class EstimatorHead(nn.Module):
+    """A fitted classifier of scikit-learn, or one with its methods, as a head.
+
+    Logits are its log-probabilities, or its decision values if it gives no log-probabilities, or else the logarithms
+    of its probabilities. A probability of exactly 0 counts as `LEAST_PROBABILITY`, or as the smallest other one of
+    the same embedding if that is less. For multi-label heads, logits are decision values or log-odds.
+
+    It computes in float64 on the CPU and passes on no gradients.
+
+    Args:
+        estimator: fitted on embeddings of the backbone; its `classes_` are the classes.
+        multi_label: whether it decides on each class by itself.
+
+    Raises:
+        ValueError: If it is no fitted classifier, or has several outputs.
+    """
+
+    def __init__(self, estimator: Any, multi_label: bool = False):
+        super().__init__()
+        self.estimator = estimator
+        self.multi_label = multi_label
+        self.name = type(estimator).__name__
+        methods = ("predict_log_proba", "decision_function", "predict_proba")[multi_label:]
+        method = next((name for name in methods if hasattr(estimator, name)), None)
+        if method is None:
+            raise ValueError(
+                f"{self.name} has none of {', '.join(methods)}, so it scores no classes; pass a classifier, not a "
+                "regressor."
+            )
+        self.method = method
+        classes = getattr(estimator, "classes_", None)
+        if classes is None:
+            raise ValueError(
+                f"{self.name} has no classes_: it is not fitted, or no classifier; call its fit(embeddings, labels) "
+                "with embeddings of this backbone."
+            )
+        if isinstance(classes, (list, tuple)):
+            raise ValueError(
+                f"{self.name} has {len(classes)} outputs; pass a classifier of one, or for multi_label=True one such "
+                "as OneVsRestClassifier that gives a column for each class."
+            )
+        self.id2label = {index: str(label) for index, label in enumerate(classes)}
+        if getattr(estimator, "multilabel_", False) and not multi_label:
+            raise ValueError(f"{self.name} was fitted on several labels for each image; pass multi_label=True.")
+
+    @property
+    def embedding_dim(self) -> int | None:
+        """D, where the estimator says."""
+        return getattr(self.estimator, "n_features_in_", None)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return _WithoutGradient.apply(embeddings, self._logits, self.name)
+
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        rows = embeddings.detach().reshape(-1, embeddings.shape[-1]).to("cpu", torch.float64).numpy()
+        with np.errstate(divide="ignore"):  # zero probabilities
+            values = np.asarray(getattr(self.estimator, self.method)(rows), dtype=np.float64)
+        if values.ndim == 1:  # of the second of two classes
+            values = values[:, None] if self.multi_label else np.stack([np.zeros_like(values), values], 1)
+        if values.shape != (len(rows), len(self.id2label)):
+            raise ValueError(
+                f"{self.method} of {self.name} gives {values.shape[1:]} values for an embedding, but classes_ names "
+                f"{len(self.id2label)}; an SVC needs decision_function_shape='ovr'."
+            )
+        if self.method != "decision_function":
+            values = self._from_probabilities(values)
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        return torch.from_numpy(values).to(embeddings.device, dtype).reshape(*embeddings.shape[:-1], -1)
+
+    def _from_probabilities(self, values: np.ndarray) -> np.ndarray:
+        if self.multi_label:
+            values = values.clip(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+            return np.log(values) - np.log1p(-values)
+        with np.errstate(divide="ignore"):
+            values = values if self.method == "predict_log_proba" else np.log(values)
+        if np.abs(np.exp(values).sum(1) - 1).max() > 1e-3:
+            raise ValueError(
+                f"The probabilities of {self.name} do not sum to 1, so it decides on each class by itself; pass "
+                "multi_label=True."
+            )
+        zero = np.isneginf(values)
+        least = np.where(zero, 0, values).min(1, keepdims=True).clip(max=np.log(LEAST_PROBABILITY))
+        return np.where(zero, least, values)
+
+
+class BinaryHead(nn.Module):
+    """One logit z of a class y as logits (0, z) of the classes (not y, y), whose softmax is (1 - sigmoid, sigmoid)."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        logit = self.head(embeddings)
+        return torch.cat([torch.zeros_like(logit), logit], -1)
+
+
+class RowsHead(nn.Module):
+    """A function or module that takes embeddings as rows, (M, D) -> (M, C)."""
+
+    def __init__(self, head: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.head = head
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        if embeddings.ndim == 2:
+            return self.head(embeddings)
+        return self.head(embeddings.reshape(-1, embeddings.shape[-1])).reshape(*embeddings.shape[:-1], -1)
+
+
+def as_head(head: Any, embedding_dim: int, multi_label: bool) -> nn.Module:
+    """Make a module of what users have for a head: modules, functions, prototypes (C, D) and fitted estimators.
+
+    Raises:
+        TypeError: If it is none of them.
+        ValueError: If it was made for embeddings of other dimensions.
+    """
+    if isinstance(head, nn.Module):
+        module = head
+    elif isinstance(head, Tensor):
+        module = PrototypeHead(head)
+    elif hasattr(head, "fit"):
+        module = EstimatorHead(head, multi_label)
+    elif callable(head):
+        module = RowsHead(head)
+    else:
+        raise TypeError(
+            f"A {type(head).__name__} is no head; pass a module, a function, class prototypes as a tensor (C, D) or a "
+            "fitted scikit-learn classifier."
+        )
+    reads = getattr(module, "embedding_dim", None)
+    if reads not in (None, embedding_dim):
+        raise ValueError(
+            f"The head was made for embeddings of {reads} dimensions, but this backbone gives {embedding_dim}; make "
+            "it from embeddings of this backbone, classifier.embed(pixel_values)."
+        )
+    return module
+
+
+def try_head(head: nn.Module, probe: Tensor) -> tuple[nn.Module, int]:
+    """Try a head on embeddings (A, B, D) and return it, made to take leading dimensions if it does not, and C.
+
+    Raises:
+        ValueError: If it does not accept them, or does not give finite logits, a row for each.
+    """
+    rows = probe.flatten(0, -2)
+    with torch.no_grad():
+        try:
+            logits = head(rows)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"The head does not accept embeddings of {probe.shape[-1]} dimensions ({error}); "
+                f"pass one made for this backbone, in {probe.dtype} on {probe.device}."
+            ) from error
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(rows) or not logits.shape[1]:
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"The head gives {found} for embeddings of shape {tuple(rows.shape)}; it must give logits of shape "
+                f"({len(rows)}, classes)."
+            )
+        if logits.isnan().all(0).any():
+            raise ValueError(
+                f"The head gives NaN for class {int(logits.isnan().all(0).nonzero()[0])}, whatever the embedding; "
+                "train or load it again."
+            )
+        try:
+            folded = head(probe)
+            same = torch.allclose(folded, logits.unflatten(0, probe.shape[:-1]), 1e-2, 1e-2, equal_nan=True)
+        except RuntimeError:  # such as batch normalisation, which takes the second dimension for channels
+            same = False
+    return (head if same else RowsHead(head)), logits.shape[1]
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """A function of embeddings through which gradients are asked for in vain."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, function: Callable[[Tensor], Tensor], name: str) -> Tensor:
+        ctx.name = name
+        return function(embeddings)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise ValueError(f"{ctx.name} passes on no gradients; choose a method that needs none.")
+
+
+def _points(points: Tensor, name: str, shape: str, metric: str) -> Tensor:
+    if metric not in METRICS:
+        raise ValueError(f"Unknown metric {metric!r}; choose one of {', '.join(METRICS)}.")
+    if points.ndim != 2 or not points.numel() or not points.is_floating_point() or not points.isfinite().all():
+        raise ValueError(
+            f"{name} have shape {tuple(points.shape)} and type {points.dtype}; pass finite numbers of shape {shape}."
+        )
+    return points.detach().clone()
+
+
+def _squared_distances(embeddings: Tensor, points: Tensor, metric: str) -> Tensor:
+    """(..., D) and (M, D) -> (..., M), in float32 at least."""
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    embeddings, points = embeddings.to(dtype), points.to(dtype)
+    if metric == "cosine":
+        embeddings, points = F.normalize(embeddings, dim=-1), F.normalize(points, dim=-1)
+    squares = embeddings.square().sum(-1, keepdim=True) + points.square().sum(-1)
+    return (squares - 2 * embeddings @ points.T).clamp(min=0)
+
+
+def _shortened(values: list[int]) -> str:
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
