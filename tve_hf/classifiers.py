@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .fingerprint import fingerprint
 from .parts import Backbone, Head, SplitClassifierOutput
-from .patches import GridSize, mask_patches
+from .patches import GridSize, dividing_grid, mask_patches
 from .splitting import check_inputs, differ, find_features, find_head, probe_like, trace
 
 
@@ -49,6 +49,15 @@ class SplitClassifier(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.backbone.parameters()).dtype
 
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the head is the one that the backbone's model ends with."""
+        model, head = self.backbone.model, self.head
+        return isinstance(head, Head) and (
+            head.parts == self.backbone.parts
+            and all(m is model.get_submodule(part.name) for m, part in zip(head.heads, head.parts, strict=True))
+        )
+
     def probe(self) -> Tensor:
         """Return two images of noise of the size that the classifier takes, on its device and in its dtype."""
         return probe_like(self.backbone.model, self.image_processor)["pixel_values"]
@@ -61,15 +70,52 @@ class SplitClassifier(nn.Module):
             inputs: what else the processor returns for them and the classifier reads, such as a mask of padding.
         """
         output = self.backbone(pixel_values, **inputs)
-        output.logits = self.head(output.embeddings)
+        if not self.has_own_head:  # otherwise the pass has given its logits already
+            output.logits = self.head(output.embeddings)
         return output
 
     def embed(self, pixel_values: Tensor, **inputs: Tensor) -> Tensor:
         """Return G(x), (B, D); arguments as for `forward`."""
         return self.backbone(pixel_values, **inputs).embeddings
 
+    @torch.no_grad()
+    def default_grid(self, pixel_values: Tensor | None = None, **inputs: Tensor) -> tuple[int, int]:
+        """Return the grid (rows, cols) to explain these images on where nothing else is asked for.
+
+        That of the classifier's own patch tokens if it has some, 16 at most along a side, and they divide the image;
+        otherwise `patches.dividing_grid`. Images that come as rows of patches have the grid of their patches.
+
+        Args:
+            pixel_values: images, (B, 3, H, W); of the classifier's own size if None.
+            inputs: as for `forward`.
+
+        Raises:
+            ValueError: If no grid divides the images, or images in rows of patches have different ones.
+        """
+        if "spatial_shapes" in inputs:
+            shapes = sorted({(rows, columns) for rows, columns in inputs["spatial_shapes"].tolist()})
+            if len(shapes) > 1:
+                grids = ", ".join(f"{rows} x {columns}" for rows, columns in shapes)
+                raise ValueError(f"The images have grids of {grids} patches; explain those of one grid at a time.")
+            return shapes[0]
+        pixel_values = self.probe() if pixel_values is None else pixel_values
+        height, width = pixel_values.shape[-2:]
+        first = {name: value[:1] for name, value in inputs.items()}
+        grids = {tuple(feature.shape[-2:]) for feature in self.backbone(pixel_values[:1], **first).features}
+        if len(grids) == 1:  # the same through all depths: patch tokens; a CNN's maps shrink
+            ((rows, columns),) = grids
+            if max(rows, columns) <= 16 and height % rows == 0 and width % columns == 0:
+                return rows, columns
+        return dividing_grid(height, width)
+
     def embed_masked(
-        self, pixel_values: Tensor, keep: Tensor, grid_size: GridSize, removal: str = "zero", chunk_size: int = 128
+        self,
+        pixel_values: Tensor,
+        keep: Tensor,
+        grid_size: GridSize,
+        removal: str = "zero",
+        chunk_size: int = 128,
+        **inputs: Tensor,
     ) -> Tensor:
         """Return G of each image with only some patches kept, in passes of at most `chunk_size` masked images.
 
@@ -77,6 +123,7 @@ class SplitClassifier(nn.Module):
             pixel_values: (B, 3, H, W).
             keep: K sets of patches for each image, boolean (B, K, N).
             grid_size, removal: as for `patches.mask_patches`.
+            inputs: as for `forward`, one row for each image.
 
         Returns:
             Embeddings, (B, K, D).
@@ -84,10 +131,12 @@ class SplitClassifier(nn.Module):
         batch, num_masks = keep.shape[:2]
         image_of = torch.arange(batch, device=pixel_values.device).repeat_interleave(num_masks)
         masks = keep.flatten(0, 1).unsqueeze(1).to(pixel_values.device)  # (B K, 1, N)
-        rows = [
-            self.embed(mask_patches(pixel_values[images], part, grid_size, removal).squeeze(1))
-            for images, part in zip(image_of.split(chunk_size), masks.split(chunk_size), strict=True)
-        ]
+        rows = []
+        for images, part in zip(image_of.split(chunk_size), masks.split(chunk_size), strict=True):
+            others = {name: value[images] for name, value in inputs.items()}
+            shapes = others.get("spatial_shapes")
+            masked = mask_patches(pixel_values[images], part, grid_size, removal, shapes).squeeze(1)
+            rows.append(self.embed(masked, **others))
         return torch.cat(rows).unflatten(0, (batch, num_masks))
 
     def log_prob(self, embeddings: Tensor) -> Tensor:
@@ -142,12 +191,18 @@ class SplitClassifier(nn.Module):
             backbone, self.head, self.embedding_dim, self.id2label, self.multi_label, self.image_processor, self.name
         )
 
-    def fingerprint(self) -> str:
-        """Summarise the backbone's weights, head excluded; compare two with `tve_hf.fingerprint.match`."""
+    def fingerprint(self, full: bool = False) -> str:
+        """Summarise the backbone's weights, head excluded; compare two with `tve_hf.fingerprint.match`.
+
+        Args:
+            full: read every value, so that a change of a single one is seen; otherwise a sample of each tensor.
+        """
         model = self.backbone.model
-        heads = [model.get_submodule(name) for name in self.backbone.head_names]
-        head = {id(t) for module in heads for t in module.state_dict(keep_vars=True).values()}
-        return fingerprint(t for t in model.state_dict(keep_vars=True).values() if id(t) not in head)
+        heads = {module for name in self.backbone.head_names for module in model.get_submodule(name).modules()}
+        # By owner, not by tensor: what the backbone shares with the head is still its own.
+        state = model.state_dict()
+        names = [name for name in state if model.get_submodule(name.rpartition(".")[0]) not in heads]
+        return fingerprint((state[name] for name in names if isinstance(state[name], Tensor)), full)
 
 
 class _Function(nn.Module):

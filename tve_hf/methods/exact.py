@@ -15,7 +15,8 @@ def explain(
     grid_size: tuple[int, int],
     hops: int = 2,
     rule: str = DEFAULT_RULE,
+    **inputs: Tensor,
 ) -> Tensor:
-    """Scores (B, rows, cols), in the units of the rule."""
-    kept, removed = exact_meta_attribution(classifier, pixel_values, grid_size, hops)
+    """Scores (B, rows, cols), in the units of the rule; `inputs` are what the classifier reads besides pixels."""
+    kept, removed = exact_meta_attribution(classifier, pixel_values, grid_size, hops, **inputs)
     return transfer(kept, removed, classifier, class_idx, rule, grid_size, hops).unflatten(1, grid_size)
