@@ -226,6 +226,13 @@ def test_sharing_does_not_matter(processor_of, full) -> None:
     assert all(match(one, other) == "same weights" for other in others)
 
 
+def test_a_head_under_two_names_is_left_out_under_both(processor_of) -> None:
+    model = Tied(tied=True, head=4).eval()
+    before = split_classifier(model, processor_of(3, 16, 16)).fingerprint()
+    model.alias = model.head
+    assert split_classifier(model, processor_of(3, 16, 16)).fingerprint() == before
+
+
 @pytest.mark.parametrize("full", [False, True])
 @torch.no_grad()
 def test_batch_statistics_matter_but_their_counter_does_not(build, full) -> None:

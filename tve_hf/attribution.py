@@ -5,6 +5,7 @@ Equation numbers are those of "Learning Meta-attribution for Transferable Vision
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,9 +111,8 @@ def exact_meta_attribution(
         raise ValueError(f"patch_idx must hold patches between 0 and {num_patches - 1}; got {patch_idx.tolist()}.")
     keep = near[patch_idx.to(near.device)]  # (B, k, N)
     keep = torch.cat([keep, ~keep], dim=1)  # (B, 2k, N)
-    kept, removed = classifier.embed_masked(
-        pixel_values, keep, grid_size, removal, chunk_size, **inputs
-    ).chunk(2, dim=1)
+    embeddings = classifier.embed_masked(pixel_values, keep, grid_size, removal, chunk_size, **inputs)
+    kept, removed = embeddings.chunk(2, dim=1)
     return kept, removed
 
 
@@ -287,7 +287,7 @@ def verify(
     grid_size: GridSize | None = None,
     hops: int = 2,
     generator: torch.Generator | None = None,
-    **inputs: Tensor,
+    **inputs: Any,
 ) -> list[Verification]:
     """Compare predicted with exact scores on random patches of each image, at 2 * num_patches masked passes each.
 

@@ -60,7 +60,11 @@ class SplitClassifier(nn.Module):
 
     def probe(self) -> Tensor:
         """Return two images of noise of the size that the classifier takes, on its device and in its dtype."""
-        return probe_like(self.backbone.model, self.image_processor)["pixel_values"]
+        return self.probe_inputs()["pixel_values"]
+
+    def probe_inputs(self) -> dict[str, Tensor]:
+        """Return the probe with all else that the classifier reads: `classifier(**classifier.probe_inputs())`."""
+        return probe_like(self.backbone.model, self.image_processor)
 
     def forward(self, pixel_values: Tensor, **inputs: Tensor) -> SplitClassifierOutput:
         """Run f once on (B, 3, H, W): logits (B, C), embeddings (B, D) and feature maps.
@@ -92,16 +96,19 @@ class SplitClassifier(nn.Module):
         Raises:
             ValueError: If no grid divides the images, or images in rows of patches have different ones.
         """
+        if pixel_values is None:
+            return self.default_grid(**self.probe_inputs())
         if "spatial_shapes" in inputs:
             shapes = sorted({(rows, columns) for rows, columns in inputs["spatial_shapes"].tolist()})
             if len(shapes) > 1:
-                grids = ", ".join(f"{rows} x {columns}" for rows, columns in shapes)
-                raise ValueError(f"The images have grids of {grids} patches; explain those of one grid at a time.")
+                found = ", ".join(f"{rows} x {columns}" for rows, columns in shapes)
+                raise ValueError(f"The images have grids of {found} patches; explain those of one grid at a time.")
             return shapes[0]
-        pixel_values = self.probe() if pixel_values is None else pixel_values
         height, width = pixel_values.shape[-2:]
         first = {name: value[:1] for name, value in inputs.items()}
-        grids = {tuple(feature.shape[-2:]) for feature in self.backbone(pixel_values[:1], **first).features}
+        grids = {
+            (feature.shape[-2], feature.shape[-1]) for feature in self.backbone(pixel_values[:1], **first).features
+        }
         if len(grids) == 1:  # the same through all depths: patch tokens; a CNN's maps shrink
             ((rows, columns),) = grids
             if max(rows, columns) <= 16 and height % rows == 0 and width % columns == 0:
@@ -198,11 +205,12 @@ class SplitClassifier(nn.Module):
             full: read every value, so that a change of a single one is seen; otherwise a sample of each tensor.
         """
         model = self.backbone.model
-        heads = {module for name in self.backbone.head_names for module in model.get_submodule(name).modules()}
-        # By owner, not by tensor: what the backbone shares with the head is still its own.
-        state = model.state_dict()
-        names = [name for name in state if model.get_submodule(name.rpartition(".")[0]) not in heads]
-        return fingerprint((state[name] for name in names if isinstance(state[name], Tensor)), full)
+        heads = {model.get_submodule(name) for name in self.backbone.head_names}
+        # By module, under all its names, not by tensor: what the backbone shares with the head is still its own.
+        modules = model.named_modules(remove_duplicate=False)
+        prefixes = tuple(f"{name}." for name, module in modules if module in heads)
+        state = {name: value for name, value in model.state_dict().items() if not name.startswith(prefixes)}
+        return fingerprint((value for value in state.values() if isinstance(value, Tensor)), full)
 
 
 class _Function(nn.Module):

@@ -41,8 +41,8 @@ def fit(explainer: TVEExplainer, classifier: SplitClassifier, image_processor: A
     probe = classifier.probe()
     if probe.ndim != 4:
         raise ValueError(
-            f"{named} reads images of one grid, but {classifier.name} takes rows of patches, whose grid depends on the "
-            'image; use `tve_hf.methods.explain("exact", ...)` for it.'
+            f"{named} reads images of one grid, but {classifier.name} takes rows of patches, whose grid depends on "
+            'the image; use `tve_hf.methods.explain("exact", ...)` for it.'
         )
     size = tuple(probe.shape[-2:])
     if size != config.image_shape:

@@ -23,7 +23,8 @@ _ROUNDINGS: tuple[tuple[torch.dtype, ...], ...] = (
     (torch.float16, torch.bfloat16),
 )
 _FULL = "full"
-# For fingerprints without hashes, as some explainers hold. Rounding to bfloat16 moves a sketch by about 0.001, one epoch of fine-tuning by far more.
+# For fingerprints without hashes, as some explainers hold them.
+# Rounding to bfloat16 moves a sketch by about 0.001, one epoch of fine-tuning by far more.
 _TOLERANCE = 0.003
 
 Match = Literal["same weights", "same architecture, other weights", "no"]

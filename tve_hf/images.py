@@ -72,8 +72,8 @@ def seen_region(image_processor: Callable[..., Any], size: tuple[int, int]) -> t
     Where the processor gives rows of patches and their `spatial_shapes`, the mean of each patch is looked at.
 
     Raises:
-        ValueError: if the processor gives neither (B, 3, H, W) pixels nor such rows, turns the image, or mixes colours so that they
-            cannot be told apart.
+        ValueError: if the processor gives neither (B, 3, H, W) pixels nor such rows, turns the image, or mixes colours
+            so that they cannot be told apart.
     """
     colors = [(64, 64, 64), (192, 64, 64), (64, 192, 64), (64, 64, 192)]
     flat = _process(image_processor, [Image.new("RGB", (32, 32), color) for color in colors])  # (4, 3, h, w)

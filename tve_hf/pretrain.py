@@ -66,15 +66,16 @@ def config_for(classifier: SplitClassifier, grid_size: GridSize | None, hops: in
     Raises:
         ValueError: If the classifier takes no images, or the grid does not divide them.
     """
-    pixel_values = classifier.probe()
+    probe = classifier.probe_inputs()
+    pixel_values = probe["pixel_values"]
     if pixel_values.ndim != 4:
         raise ValueError(
-            f"{classifier.name} takes rows of patches, whose grid depends on the image, but an explainer has one grid; "
-            'use `tve_hf.methods.explain("exact", ...)` for it.'
+            f"{classifier.name} takes rows of patches, whose grid depends on the image, but an explainer has one "
+            'grid; use `tve_hf.methods.explain("exact", ...)` for it.'
         )
     rows, columns = classifier.default_grid() if grid_size is None else as_pair(grid_size)
     with torch.no_grad():
-        output = classifier(pixel_values)
+        output = classifier(**probe)
     processor = classifier.image_processor
     return TVEConfig(
         image_size=list(pixel_values.shape[-2:]),

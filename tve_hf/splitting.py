@@ -104,8 +104,8 @@ def trace(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Ten
         except ValueError as error:  # what models say to images of another size
             interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
             raise ValueError(
-                f"{type(model).__name__} does not take pixel_values of shape {tuple(pixel_values.shape)} ({error}); set "
-                "the size of its image processor to the model's"
+                f"{type(model).__name__} does not take pixel_values of shape {tuple(pixel_values.shape)} ({error}); "
+                "set the size of its image processor to the model's"
                 f"{', or wrap the model to pass interpolate_pos_encoding=True' if interpolates else ''}."
             ) from error
     return logits_of(output), calls

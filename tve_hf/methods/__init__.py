@@ -59,7 +59,7 @@ def explain(
     unknown = [option for option in options if option not in parameters]
     if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
         known = ", ".join(list(parameters)[4:]) or "none"
-        raise ValueError(f"{name} takes no {unknown[0]}, its options are: {known}; \"exact\" serves any classifier.")
+        raise ValueError(f"{name} takes no {unknown[0]}, its options are: {known}; 'exact' serves any classifier.")
     if grid_size is None and "explainer" in options:
         grid_size = options["explainer"].config.grid_shape
     elif grid_size is None:

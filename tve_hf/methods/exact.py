@@ -1,5 +1,7 @@
 """Exact meta-attribution by brute force, 2 N masked passes an image: what TVE predicts (arXiv 2312.15359, Eq. 6)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def explain(
     grid_size: tuple[int, int],
     hops: int = 2,
     rule: str = DEFAULT_RULE,
-    **inputs: Tensor,
+    **inputs: Any,
 ) -> Tensor:
     """Scores (B, rows, cols), in the units of the rule; `inputs` are what the classifier reads besides pixels."""
     kept, removed = exact_meta_attribution(classifier, pixel_values, grid_size, hops, **inputs)
