@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -21,6 +22,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 from transformers.image_utils import load_image as transformers_load_image
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from tve_hf.images import load_image, seen_region
 
@@ -325,6 +328,59 @@ def test_padding_of_any_colour(fill):
         return {"pixel_values": torch.stack([torch.tensor(np.array(sheet)).permute(2, 0, 1) for sheet in sheets])}
 
     assert_box(letterbox, (400, 200), (0, -100, 400, 300))
+
+
+# The processor classes of every image classifier in transformers, as far as they make pixels by PIL.
+PROCESSORS = sorted(
+    {
+        name
+        for model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+        for name in (IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}).values()
+        if name.endswith("Pil")
+    }
+    - {"ImageGPTImageProcessorPil"}  # makes tokens
+)
+
+
+@pytest.mark.parametrize("size", [(150, 90), (80, 120)])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_small_blocks_land_where_the_region_says(name, size):
+    """The truth is where single blocks of the picture come out, which needs neither ramps nor colours."""
+    small = {"size": {"height": 96, "width": 64}} if name == "DonutImageProcessorPil" else {}
+    processor = getattr(transformers, name)(**small)
+    left, top, right, bottom = seen_region(processor, size)
+
+    def process(picture):
+        given = processor(Image.fromarray(picture), return_tensors="pt")
+        pixels = given["pixel_values"][0].numpy()
+        if pixels.ndim == 2:  # NaFlex: put the patches together again
+            rows, columns = given["spatial_shapes"][0].tolist()
+            patches = pixels[: rows * columns].reshape(rows, columns, 16, 16, 3)
+            pixels = patches.transpose(4, 0, 2, 1, 3).reshape(3, 16 * rows, 16 * columns)
+        return pixels
+
+    (width, height), plain = size, np.full((size[1], size[0], 3), 96, np.uint8)
+    before, whole = process(plain), 0
+    for x, y in [(0.2, 0.2), (0.8, 0.2), (0.2, 0.8), (0.8, 0.8), (0.5, 0.5), (0.35, 0.65)]:
+        box = [round(x * width) - 5, round(y * height) - 5, round(x * width) + 5, round(y * height) + 5]
+        picture = plain.copy()
+        picture[box[1] : box[3], box[0] : box[2]] = 160
+        change = np.abs(process(picture) - before).sum(0)
+        if change[0].any() or change[-1].any() or change[:, 0].any() or change[:, -1].any() or not change.any():
+            continue  # cut off
+        whole += 1
+        row = (change.sum(1) * (np.arange(change.shape[0]) + 0.5)).sum() / change.sum() / change.shape[0]
+        column = (change.sum(0) * (np.arange(change.shape[1]) + 0.5)).sum() / change.sum() / change.shape[1]
+        assert left + column * (right - left) == pytest.approx((box[0] + box[2]) / 2, abs=0.5)
+        assert top + row * (bottom - top) == pytest.approx((box[1] + box[3]) / 2, abs=0.5)
+    assert whole >= 2
+
+
+def test_images_that_are_turned_are_refused():
+    processor = transformers.DonutImageProcessorPil(do_align_long_axis=True, size={"height": 64, "width": 48})
+    assert_box(processor, (90, 120), (0, 0, 90, 120))
+    with pytest.raises(ValueError, match="turns images of this shape"):
+        seen_region(processor, (120, 90))
 
 
 def test_the_class_that_auto_picks(tmp_path):

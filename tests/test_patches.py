@@ -10,6 +10,7 @@ from tve_hf.patches import (
     REMOVALS,
     as_pair,
     average_over_neighborhoods,
+    dividing_grid,
     grid_of,
     is_grid,
     mask_patches,
@@ -206,3 +207,71 @@ def test_is_grid_wants_square_cells_up_to_rounding() -> None:
     assert not is_grid(7, 8, 224, 224)
     assert not is_grid(1, 1, 224, 224)  # one cell has no place to point at
     assert not is_grid(225, 225, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (224, 224, (14, 14)),
+        (256, 256, (16, 16)),
+        (160, 160, (16, 16)),
+        (128, 128, (16, 16)),
+        (299, 299, (13, 13)),
+        (384, 384, (12, 12)),  # 16 is as near, and costs more
+        (518, 518, (14, 14)),
+        (224, 448, (7, 14)),
+        (96, 224, (6, 14)),
+        (480, 640, (12, 16)),
+        (32, 32, (16, 16)),
+        (2, 2, (2, 2)),
+    ],
+)
+def test_dividing_grid(height, width, expected) -> None:
+    assert dividing_grid(height, width) == expected
+
+
+def test_dividing_grid_has_square_patches_and_none_is_nearer() -> None:
+    for height, width in itertools.product(range(32, 321, 16), repeat=2):
+        grids = {}
+        for rows, columns in itertools.product(range(1, 41), repeat=2):
+            if height % rows == 0 and width % columns == 0 and height // rows == width // columns:
+                grids[rows, columns] = abs(max(rows, columns) - 14)
+        rows, columns = dividing_grid(height, width)
+        assert grids[rows, columns] == min(grids.values())
+
+
+@pytest.mark.parametrize(("height", "width"), [(227, 227), (213, 320), (331, 331), (1, 1)])
+def test_sizes_that_no_sensible_grid_divides_are_refused(height, width) -> None:
+    with pytest.raises(ValueError, match=f"divides images of {height} x {width} pixels; pass a grid_size"):
+        dividing_grid(height, width)
+
+
+@pytest.mark.parametrize("grid_size", [(2, 6), (2, 3), (1, 2)])
+def test_rows_of_patches_are_masked_and_their_padding_is_not(grid_size) -> None:
+    rows, columns = grid_size
+    shapes = torch.tensor([[2, 6], [4, 6], [6, 6]])
+    pixel_values = torch.randn(3, 40, 5, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    keep = torch.rand(3, 4, rows * columns, generator=generator) > 0.5
+    masked = mask_patches(pixel_values, keep, grid_size, spatial_shapes=shapes)
+    assert masked.shape == (3, 4, 40, 5)
+    for b, k in itertools.product(range(3), range(4)):
+        height, width = shapes[b].tolist()
+        expected = pixel_values[b].clone()
+        for row, column in itertools.product(range(height), range(width)):
+            if not keep[b, k, row * rows // height * columns + column * columns // width]:
+                expected[row * width + column] = 0
+        assert torch.equal(masked[b, k], expected)
+    common = mask_patches(pixel_values, keep[0], grid_size, spatial_shapes=shapes)
+    assert torch.equal(common[0], masked[0])
+
+
+def test_rows_of_patches_that_cannot_be_masked_are_refused() -> None:
+    pixel_values, shapes = torch.zeros(1, 12, 5), torch.tensor([[2, 6]])
+    keep = torch.ones(1, 16, dtype=torch.bool)
+    with pytest.raises(ValueError, match="grid of 4 x 4 patches does not divide an image of 2 x 6 patches"):
+        mask_patches(pixel_values, keep, 4, spatial_shapes=shapes)
+    with pytest.raises(ValueError, match=r"shape \(1, 12, 5\); pass images, or rows of patches with the spatial_sh"):
+        mask_patches(pixel_values, keep, 4)
+    with pytest.raises(ValueError, match="no neighbours for removal='blur'"):
+        mask_patches(pixel_values, keep[:, :12], (2, 6), "blur", shapes)

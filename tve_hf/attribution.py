@@ -5,12 +5,13 @@ Equation numbers are those of "Learning Meta-attribution for Transferable Vision
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .classifiers import SplitClassifier
-from .patches import GridSize, as_pair, average_over_neighborhoods, grid_of, neighborhoods, sample_patches
+from .patches import GridSize, average_over_neighborhoods, grid_of, neighborhoods, sample_patches
 
 # Evidence of a class in an embedding: (classifier, embeddings (..., D)) -> (..., C), in float32.
 Evidence = Callable[[SplitClassifier, Tensor], Tensor]
@@ -70,22 +71,24 @@ def rule_named(name: str) -> Rule:
 def exact_meta_attribution(
     classifier: SplitClassifier,
     pixel_values: Tensor,
-    grid_size: GridSize = 14,
+    grid_size: GridSize | None = None,
     hops: int = 2,
     patch_idx: Tensor | None = None,
     removal: str = "zero",
     chunk_size: int = 128,
+    **inputs: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Compute g_z = G(N(z); x) and h_z = G(Z \\ N(z); x) by brute force (Eq. 6), two masked passes a patch.
 
     Args:
         classifier: its backbone is G.
         pixel_values: (B, 3, H, W), on the classifier's device.
-        grid_size: P, or (rows, cols); it divides the image.
+        grid_size: P, or (rows, cols); it divides the image. `classifier.default_grid` if None.
         hops: radius of the neighbourhood N(z).
         patch_idx: patches to compute, (B, k) int64; all N if None.
         removal: what replaces removed pixels, a key of `patches.REMOVALS`.
         chunk_size: masked images in one pass of the backbone: the bound on memory.
+        inputs: what else the image processor returns and the classifier reads, one row for each image.
 
     Returns:
         kept g and removed h, (B, k or N, D) each, in the backbone's dtype.
@@ -96,6 +99,8 @@ def exact_meta_attribution(
     batch = pixel_values.shape[0]
     if batch == 0:
         raise ValueError("pixel_values holds no image; pass a batch of at least one.")
+    if grid_size is None:
+        grid_size = classifier.default_grid(pixel_values, **inputs)
     near = neighborhoods(grid_size, hops, pixel_values.device)
     num_patches = near.shape[0]
     if patch_idx is None:
@@ -106,7 +111,8 @@ def exact_meta_attribution(
         raise ValueError(f"patch_idx must hold patches between 0 and {num_patches - 1}; got {patch_idx.tolist()}.")
     keep = near[patch_idx.to(near.device)]  # (B, k, N)
     keep = torch.cat([keep, ~keep], dim=1)  # (B, 2k, N)
-    kept, removed = classifier.embed_masked(pixel_values, keep, grid_size, removal, chunk_size).chunk(2, dim=1)
+    embeddings = classifier.embed_masked(pixel_values, keep, grid_size, removal, chunk_size, **inputs)
+    kept, removed = embeddings.chunk(2, dim=1)
     return kept, removed
 
 
@@ -238,7 +244,12 @@ Pair = tuple[Tensor, Tensor]  # kept and removed, (B, k, D) each
 
 @torch.no_grad()
 def prediction_errors(
-    classifier: SplitClassifier, pixel_values: Tensor, class_idx: Tensor, predicted: Pair, exact: Pair
+    classifier: SplitClassifier,
+    pixel_values: Tensor,
+    class_idx: Tensor,
+    predicted: Pair,
+    exact: Pair,
+    **inputs: Tensor,
 ) -> dict[str, Tensor]:
     """Measure how far predictions are from the exact meta-attributions of the same patches.
 
@@ -252,8 +263,9 @@ def prediction_errors(
 
     g_hat, h_hat, g, h = (log_prob(embeddings) for embeddings in (*predicted, *exact))
     epsilon = torch.maximum(((g_hat - g).exp() - 1).abs().amax(1), ((h - h_hat).exp() - 1).abs().amax(1))
-    empty = classifier.embed(torch.zeros_like(pixel_values[:1])).unsqueeze(1)
-    full = classifier.embed(pixel_values).unsqueeze(1)
+    first = {name: value[:1] for name, value in inputs.items()}
+    empty = classifier.embed(torch.zeros_like(pixel_values[:1]), **first).unsqueeze(1)
+    full = classifier.embed(pixel_values, **inputs).unsqueeze(1)
     return {
         "kept_error": relative_error(predicted[0], exact[0], empty),
         "removed_error": relative_error(predicted[1], exact[1], full),
@@ -272,14 +284,16 @@ def verify(
     class_idx: Tensor,
     num_patches: int = 16,
     rule: str = DEFAULT_RULE,
-    grid_size: GridSize = 14,
+    grid_size: GridSize | None = None,
     hops: int = 2,
     generator: torch.Generator | None = None,
+    **inputs: Any,
 ) -> list[Verification]:
     """Compare predicted with exact scores on random patches of each image, at 2 * num_patches masked passes each.
 
     Args:
-        classifier, pixel_values, grid_size, hops: as for `exact_meta_attribution`.
+        classifier, pixel_values, hops, inputs: as for `exact_meta_attribution`.
+        grid_size: grid of the N patches; a square one if None.
         kept, removed: the predictions, (B, N, D).
         class_idx: y, (B,).
         num_patches: n; all patches if it is at least N.
@@ -289,12 +303,12 @@ def verify(
     Returns:
         One `Verification` for each image.
     """
-    rows, columns = as_pair(grid_size)
+    grid_size = rows, columns = grid_of(kept.shape[1], grid_size)
     pointwise = replace(rule_named(rule), standardized=False, averaged=False)
     n = min(num_patches, rows * columns)
     generator = generator or torch.Generator().manual_seed(0)
     patch_idx = sample_patches(len(pixel_values), rows * columns, n, generator).to(pixel_values.device)
-    exact = exact_meta_attribution(classifier, pixel_values, grid_size, hops, patch_idx)
+    exact = exact_meta_attribution(classifier, pixel_values, grid_size, hops, patch_idx, **inputs)
     index = patch_idx.unsqueeze(-1).expand(-1, -1, kept.shape[-1])
     predicted = kept.gather(1, index), removed.gather(1, index)
     scores, exact_scores = (
@@ -303,7 +317,7 @@ def verify(
     found = {
         "pearson": pearson(scores, exact_scores).squeeze(1),
         "spearman": spearman(scores, exact_scores).squeeze(1),
-        **prediction_errors(classifier, pixel_values, class_idx, predicted, exact),
+        **prediction_errors(classifier, pixel_values, class_idx, predicted, exact, **inputs),
     }
     return [
         Verification(num_patches=n, rule=rule, **{name: values[i].item() for name, values in found.items()})

@@ -13,11 +13,11 @@ from transformers.utils import logging
 from .fingerprint import fingerprint
 from .heads import BinaryHead, as_head, try_head
 from .parts import Backbone, Head, SplitClassifierOutput
-from .patches import GridSize, mask_patches
+from .patches import GridSize, dividing_grid, mask_patches
 from .prompts import PromptHead, TextTower, check_prompts, no_text_tower
 from .splitting import check_inputs, differ, find_features, find_head, probe_like, trace
-from .zero_shot import load_zero_shot, split_towers, takes_prompts
 from .wrapped import is_compiled, is_dispatched, named_weights, placement, unwrapped
+from .zero_shot import load_zero_shot, split_towers, takes_prompts
 
 logger = logging.get_logger(__name__)
 
@@ -58,9 +58,22 @@ class SplitClassifier(nn.Module):
     def dtype(self) -> torch.dtype:
         return placement(self.backbone.model)[1]
 
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the head is the one that the backbone's model ends with."""
+        model, head = self.backbone.model, self.head
+        return isinstance(head, Head) and (
+            head.parts == self.backbone.parts
+            and all(m is model.get_submodule(part.name) for m, part in zip(head.heads, head.parts, strict=True))
+        )
+
     def probe(self) -> Tensor:
         """Return two images of noise of the size that the classifier takes, on its device and in its dtype."""
-        return probe_like(self.backbone.model, self.image_processor)["pixel_values"]
+        return self.probe_inputs()["pixel_values"]
+
+    def probe_inputs(self) -> dict[str, Tensor]:
+        """Return the probe with all else that the classifier reads: `classifier(**classifier.probe_inputs())`."""
+        return probe_like(self.backbone.model, self.image_processor)
 
     def forward(self, pixel_values: Tensor, **inputs: Tensor) -> SplitClassifierOutput:
         """Run f once on (B, 3, H, W): logits (B, C), embeddings (B, D) and feature maps.
@@ -70,15 +83,55 @@ class SplitClassifier(nn.Module):
             inputs: what else the processor returns for them and the classifier reads, such as a mask of padding.
         """
         output = self.backbone(pixel_values, **inputs)
-        output.logits = self.head(output.embeddings)
+        if not self.has_own_head:  # otherwise the pass has given its logits already
+            output.logits = self.head(output.embeddings)
         return output
 
     def embed(self, pixel_values: Tensor, **inputs: Tensor) -> Tensor:
         """Return G(x), (B, D); arguments as for `forward`."""
         return self.backbone(pixel_values, **inputs).embeddings
 
+    @torch.no_grad()
+    def default_grid(self, pixel_values: Tensor | None = None, **inputs: Tensor) -> tuple[int, int]:
+        """Return the grid (rows, cols) to explain these images on where nothing else is asked for.
+
+        That of the classifier's own patch tokens if it has some, 16 at most along a side, and they divide the image;
+        otherwise `patches.dividing_grid`. Images that come as rows of patches have the grid of their patches.
+
+        Args:
+            pixel_values: images, (B, 3, H, W); of the classifier's own size if None.
+            inputs: as for `forward`.
+
+        Raises:
+            ValueError: If no grid divides the images, or images in rows of patches have different ones.
+        """
+        if pixel_values is None:
+            return self.default_grid(**self.probe_inputs())
+        if "spatial_shapes" in inputs:
+            shapes = sorted({(rows, columns) for rows, columns in inputs["spatial_shapes"].tolist()})
+            if len(shapes) > 1:
+                found = ", ".join(f"{rows} x {columns}" for rows, columns in shapes)
+                raise ValueError(f"The images have grids of {found} patches; explain those of one grid at a time.")
+            return shapes[0]
+        height, width = pixel_values.shape[-2:]
+        first = {name: value[:1] for name, value in inputs.items()}
+        grids = {
+            (feature.shape[-2], feature.shape[-1]) for feature in self.backbone(pixel_values[:1], **first).features
+        }
+        if len(grids) == 1:  # the same through all depths: patch tokens; a CNN's maps shrink
+            ((rows, columns),) = grids
+            if max(rows, columns) <= 16 and height % rows == 0 and width % columns == 0:
+                return rows, columns
+        return dividing_grid(height, width)
+
     def embed_masked(
-        self, pixel_values: Tensor, keep: Tensor, grid_size: GridSize, removal: str = "zero", chunk_size: int = 128
+        self,
+        pixel_values: Tensor,
+        keep: Tensor,
+        grid_size: GridSize,
+        removal: str = "zero",
+        chunk_size: int = 128,
+        **inputs: Tensor,
     ) -> Tensor:
         """Return G of each image with only some patches kept, in passes of at most `chunk_size` masked images.
 
@@ -86,6 +139,7 @@ class SplitClassifier(nn.Module):
             pixel_values: (B, 3, H, W).
             keep: K sets of patches for each image, boolean (B, K, N).
             grid_size, removal: as for `patches.mask_patches`.
+            inputs: as for `forward`, one row for each image.
 
         Returns:
             Embeddings, (B, K, D).
@@ -93,10 +147,12 @@ class SplitClassifier(nn.Module):
         batch, num_masks = keep.shape[:2]
         image_of = torch.arange(batch, device=pixel_values.device).repeat_interleave(num_masks)
         masks = keep.flatten(0, 1).unsqueeze(1).to(pixel_values.device)  # (B K, 1, N)
-        rows = [
-            self.embed(mask_patches(pixel_values[images], part, grid_size, removal).squeeze(1))
-            for images, part in zip(image_of.split(chunk_size), masks.split(chunk_size), strict=True)
-        ]
+        rows = []
+        for images, part in zip(image_of.split(chunk_size), masks.split(chunk_size), strict=True):
+            others = {name: value[images] for name, value in inputs.items()}
+            shapes = others.get("spatial_shapes")
+            masked = mask_patches(pixel_values[images], part, grid_size, removal, shapes).squeeze(1)
+            rows.append(self.embed(masked, **others))
         return torch.cat(rows).unflatten(0, (batch, num_masks))
 
     def log_prob(self, embeddings: Tensor) -> Tensor:
@@ -206,14 +262,17 @@ class SplitClassifier(nn.Module):
             raise ValueError(f"{self.name} has no module {name!r} to read a feature map from; choose one it has.")
         return names[found[0]]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, full: bool = False) -> str:
         """Summarise the backbone's weights, head excluded; compare two with `tve_hf.fingerprint.match`.
 
         They are the weights that it computes with: active adapters count as if they were merged, others do not.
+
+        Args:
+            full: read every value, so that a change of a single one is seen; otherwise a sample of each tensor.
         """
         model = self.backbone.model
         heads = [model.get_submodule(name) for name in self.backbone.head_names]
-        return fingerprint(weight for _, weight in named_weights(model, without=heads))
+        return fingerprint((weight for _, weight in named_weights(model, without=heads)), full)
 
 
 def split_classifier(

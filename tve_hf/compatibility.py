@@ -39,7 +39,13 @@ def fit(explainer: TVEExplainer, classifier: SplitClassifier, image_processor: A
             f"{named} predicts embeddings of {config.embedding_dim} dimensions, but the head of "
             f"{classifier.name} reads {classifier.embedding_dim}; {remedy}."
         )
-    size = tuple(classifier.probe().shape[-2:])
+    probe = classifier.probe()
+    if probe.ndim != 4:
+        raise ValueError(
+            f"{named} reads images of one grid, but {classifier.name} takes rows of patches, whose grid depends on "
+            'the image; use `tve_hf.methods.explain("exact", ...)` for it.'
+        )
+    size = tuple(probe.shape[-2:])
     if size != config.image_shape:
         raise ValueError(
             f"{named} was made for images of {config.image_shape} pixels, but {classifier.name} takes {size}; "

@@ -42,6 +42,7 @@ def fidelity(
     grid_size: GridSize | None = None,
     removal: str = "zero",
     chunk_size: int = 128,
+    **inputs: Tensor,
 ) -> Fidelity:
     """Remove, and keep alone, the most important patches S* at evenly spaced sparsities (SPEC: fidelity-sparsity AUC).
 
@@ -58,6 +59,7 @@ def fidelity(
         num_levels: points on each curve, both ends included; the ends need no ranking and cost one pass an image.
         removal: a key of `patches.REMOVALS`.
         chunk_size: masked images in one pass: the bound on memory.
+        inputs: what else the image processor returns and the classifier reads, one row for each image.
 
     Raises:
         ValueError: If the scores are not finite or do not fit the images, or there are more levels than patches + 1.
@@ -90,7 +92,7 @@ def fidelity(
     inner = important[:, 1:-1]
     keep = torch.cat([important[:, :1], important[:, -1:], ~inner, inner], dim=1)  # Z, empty, K - 2 and K - 2 masks
     log_prob = classifier.log_prob(
-        classifier.embed_masked(pixel_values, keep, grid, removal, chunk_size)
+        classifier.embed_masked(pixel_values, keep, grid, removal, chunk_size, **inputs)
     )  # (B, 2K-2, C)
     probabilities = log_prob.gather(-1, class_idx.view(-1, 1, 1).expand(-1, log_prob.shape[1], 1)).squeeze(-1).exp()
     full, empty, without, alone = probabilities.split([1, 1, num_levels - 2, num_levels - 2], dim=1)

@@ -1,4 +1,9 @@
-"""Recognise the weights of a backbone: a short string that survives a change of precision, device or names."""
+"""Recognise the weights of a backbone: a short string that survives a change of precision, device or names.
+
+A quick fingerprint reads at most 256 values of each tensor, a full one all of them. Both hold hashes of what they
+read, as it is and rounded to half precision in the ways in which checkpoints are, so that a copy in half precision is
+known again and any other change is not: of sampled values for the quick one, of a single value anywhere for the full.
+"""
 
 import hashlib
 from collections.abc import Iterable
@@ -10,41 +15,91 @@ from torch import Tensor
 
 _PROJECTIONS = 16
 _SAMPLE = 256  # values of each tensor
+# What loading or saving in half precision does to float32 values; the last is a float16 checkpoint loaded in bfloat16.
+_ROUNDINGS: tuple[tuple[torch.dtype, ...], ...] = (
+    (),
+    (torch.bfloat16,),
+    (torch.float16,),
+    (torch.float16, torch.bfloat16),
+)
+_FULL = "full"
+# For fingerprints without hashes, as some explainers hold them.
 # Rounding to bfloat16 moves a sketch by about 0.001, one epoch of fine-tuning by far more.
 _TOLERANCE = 0.003
 
 Match = Literal["same weights", "same architecture, other weights", "no"]
 
 
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Summarise weights as `<hash of the shapes>-<sketch of the values>`.
+def fingerprint(tensors: Iterable[Tensor], full: bool = False) -> str:
+    """Summarise weights as `<shapes>-<sketch>-<hashes of a sample>` or, if full, `<shapes>-full-<hashes of all>`.
 
-    The sketch is 16 random projections, of unit variance, of 256 evenly spaced values of each floating-point tensor,
-    every tensor scaled to unit mean square.
+    Integers, such as counters and indices, do not count. A tensor that is listed twice, since two modules share it,
+    counts twice, as its copy would.
+
+    Args:
+        tensors: in the order of the model.
+        full: read every value, instead of 256 evenly spaced ones of each tensor. A quick fingerprint can miss a
+            change that is elsewhere, as of a few rows; it sees any step of an optimizer that trains all weights.
     """
     tensors = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
     shapes = hashlib.sha256(repr([tuple(tensor.shape) for tensor in tensors]).encode()).hexdigest()[:12]
-    samples = [torch.zeros(1)]
+    if full:
+        return f"{shapes}-{_FULL}-{_hashes(tensors)}"
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    samples = [values[:: max(1, values.numel() // _SAMPLE)][:_SAMPLE].float().cpu() for values in flat]
+    return f"{shapes}-{_sketch(samples)}-{_hashes(samples)}"
+
+
+def _hashes(tensors: Iterable[Tensor]) -> str:
+    """Hash all values, as they are and after each of the roundings, 16 hexadecimal digits each."""
+    hashes = [hashlib.sha256() for _ in _ROUNDINGS]
     for tensor in tensors:
-        flat = tensor.reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].float().cpu()
-        samples.append(sample / sample.square().mean().sqrt().clamp(min=1e-12))
-    values = torch.cat(samples).numpy().astype(np.float64)
+        for one, dtypes in zip(hashes, _ROUNDINGS, strict=True):
+            values = tensor.float().cpu()
+            for dtype in dtypes:
+                values = values.to(dtype)
+            one.update((values.float() + 0.0).numpy().astype("<f4").tobytes())  # -0 becomes 0
+    return "".join(one.hexdigest()[:16] for one in hashes)
+
+
+def _sketch(samples: Iterable[Tensor]) -> str:
+    """16 random projections, of unit variance, of all samples, each scaled to unit mean square."""
+    scaled = [sample / sample.square().mean().sqrt().clamp(min=1e-12) for sample in samples]
+    values = torch.cat([torch.zeros(1), *scaled]).numpy().astype(np.float64)
     # Signs from an integer hash, so that they are the same on every platform and in every version.
     index = np.arange(_PROJECTIONS * len(values), dtype=np.uint64).reshape(_PROJECTIONS, -1)
     mixed = (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     signs = 1.0 - 2.0 * ((mixed >> np.uint64(63)).astype(np.float64))
     sketch = signs @ values / len(values) ** 0.5
-    return f"{shapes}-{sketch.astype('<f2').tobytes().hex()}"
+    return sketch.astype("<f2").tobytes().hex()
 
 
 def match(one: str, other: str) -> Match:
-    """Compare two fingerprints."""
-    shapes, _, sketch = one.partition("-")
-    other_shapes, _, other_sketch = other.partition("-")
+    """Compare two fingerprints of the same kind, two quick or two full ones.
+
+    Returns:
+        "same weights" if one's are the other's, perhaps rounded to half precision; "same architecture, other weights"
+        as after fine-tuning; "no" if the tensors have other shapes.
+
+    Raises:
+        ValueError: If one is quick and the other full.
+    """
+    (shapes, sketch, *hashes), (other_shapes, other_sketch, *other_hashes) = one.split("-"), other.split("-")
+    if (sketch == _FULL) != (other_sketch == _FULL):
+        raise ValueError("A quick and a full fingerprint cannot be compared; make both with the same `full`.")
     if shapes != other_shapes:
         return "no"
-    values, other_values = (np.frombuffer(bytes.fromhex(s), "<f2").astype(np.float64) for s in (sketch, other_sketch))
-    distance = np.sqrt(np.mean((values - other_values) ** 2))
-    return "same weights" if distance <= _TOLERANCE else "same architecture, other weights"
+    if hashes and other_hashes:
+        ours, theirs = _split(hashes[0]), _split(other_hashes[0])
+        same = ours[0] in theirs or theirs[0] in ours  # the first is of the values as they are
+    else:
+        values, other_values = (
+            np.frombuffer(bytes.fromhex(s), "<f2").astype(np.float64) for s in (sketch, other_sketch)
+        )
+        same = bool(np.sqrt(np.mean((values - other_values) ** 2)) <= _TOLERANCE)
+    return "same weights" if same else "same architecture, other weights"
+
+
+def _split(hashes: str) -> list[str]:
+    return [hashes[i : i + 16] for i in range(0, len(hashes), 16)]

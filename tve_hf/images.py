@@ -69,8 +69,11 @@ def seen_region(image_processor: Callable[..., Any], size: tuple[int, int]) -> t
         (left, top, right, bottom) in pixels of the original image. It reaches beyond the image where the processor
         pads. A side closer to the image's border than half a pixel, of the image or of what comes out, is put on it.
 
+    Where the processor gives rows of patches and their `spatial_shapes`, the mean of each patch is looked at.
+
     Raises:
-        ValueError: if the processor gives no (B, 3, H, W) pixels, or mixes colours so that they cannot be told apart.
+        ValueError: if the processor gives neither (B, 3, H, W) pixels nor such rows, turns the image, or mixes colours
+            so that they cannot be told apart.
     """
     colors = [(64, 64, 64), (192, 64, 64), (64, 192, 64), (64, 64, 192)]
     flat = _process(image_processor, [Image.new("RGB", (32, 32), color) for color in colors])  # (4, 3, h, w)
@@ -95,7 +98,13 @@ def seen_region(image_processor: Callable[..., Any], size: tuple[int, int]) -> t
 
 
 def _process(image_processor: Callable[..., Any], images: list[Image.Image]) -> np.ndarray:
-    pixels = torch.as_tensor(image_processor(images=images, return_tensors="pt")["pixel_values"])
+    given = image_processor(images=images, return_tensors="pt")
+    pixels = torch.as_tensor(given["pixel_values"])
+    if pixels.ndim == 3 and "spatial_shapes" in given:
+        rows, columns = torch.as_tensor(given["spatial_shapes"])[0].tolist()
+        # Values of a patch lie pixel by pixel, three colours each, as NaFlex processors have them.
+        pixels = pixels[:, : rows * columns].unflatten(-1, (-1, 3)).mean(-2).unflatten(1, (rows, columns))
+        pixels = pixels.permute(0, 3, 1, 2)
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"The image processor gives pixel_values of shape {tuple(pixels.shape)}, not (B, 3, H, W).")
     return pixels.float().cpu().numpy()
@@ -108,6 +117,8 @@ def _levels_per_pixel(side: int) -> float:
 def _fit(ramp: np.ndarray, side: int) -> tuple[float, float]:
     """Fit where the columns of a ramp (rows, columns; 0..255, NaN where padded) begin and end, in source pixels."""
     seen = ~np.isnan(ramp).all(0)
+    if np.nanstd(ramp[:, seen], 0).mean() > np.ptp(np.nanmean(ramp[:, seen], 0)) + 1:  # it runs along the columns
+        raise ValueError("The image processor turns images of this shape, so the region that it covers is no box.")
     pixel = np.flatnonzero(seen) + 0.5
     position = np.nanmean(ramp[:, seen], 0) / _levels_per_pixel(side) + 0.5
     # Near the border of the image the resizing filter bends the ramp: leave out two pixels of the coarser grid.

@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .patches import as_pair
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -67,7 +69,7 @@ def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, d
     return {
         "backbone": config["backbone_name"],
         "fingerprint": config["backbone_fingerprint"],
-        "grid": f"{config['grid_size']} × {config['grid_size']}",
+        "grid": " × ".join(str(side) for side in as_pair(config["grid_size"])),
         "image": " × ".join(str(side) for side in config["image_size"]),
         "hops": str(config["hops"]),
         "embedding_dim": str(config["embedding_dim"]),

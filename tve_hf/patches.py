@@ -3,6 +3,7 @@
 Patches are numbered row by row: patch (row, col) of a grid (rows, cols) is row * cols + col.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,6 +33,25 @@ def grid_of(num_patches: int, grid_size: GridSize | None) -> tuple[int, int]:
     if rows * columns != num_patches:
         raise ValueError(
             f"{num_patches} patches do not fill a grid of {rows} x {columns}; pass grid_size=(rows, cols) of the map."
+        )
+    return rows, columns
+
+
+def dividing_grid(height: int, width: int) -> tuple[int, int]:
+    """Return the grid of square patches that divides an image, its longer side as near to 14 patches as possible.
+
+    Raises:
+        ValueError: If the longer side of every such grid has fewer than 2 or more than 28 patches.
+    """
+    sides = math.gcd(height, width)
+    patches = [side for side in range(1, sides + 1) if sides % side == 0]
+    # The coarser one of two that are as near: it costs less.
+    patch = min(patches, key=lambda side: (abs(max(height, width) // side - 14), -side))
+    rows, columns = height // patch, width // patch
+    if not 2 <= max(rows, columns) <= 28:
+        raise ValueError(
+            f"No grid of square patches, 2 to 28 a side, divides images of {height} x {width} pixels; pass a "
+            "grid_size=(rows, cols) that does, or make images of another size."
         )
     return rows, columns
 
@@ -107,37 +127,64 @@ REMOVALS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def mask_patches(pixel_values: Tensor, keep: Tensor, grid_size: GridSize, removal: str = "zero") -> Tensor:
+def _spread(keep: Tensor, grid_size: GridSize, height: int, width: int, unit: str = "pixels") -> Tensor:
+    """Spread a mask of patches, (..., N), over an image of that size, (..., height, width)."""
+    rows, columns = as_pair(grid_size)
+    if height % rows or width % columns:
+        raise ValueError(
+            f"A grid of {rows} x {columns} patches does not divide an image of {height} x {width} {unit}; "
+            "choose a grid whose sides divide the image's."
+        )
+    mask = keep.unflatten(-1, (rows, columns))
+    return mask.repeat_interleave(height // rows, dim=-2).repeat_interleave(width // columns, dim=-1)
+
+
+def _mask_rows(
+    pixel_values: Tensor, keep: Tensor, grid_size: GridSize, removal: str, spatial_shapes: Tensor
+) -> Tensor:
+    """`mask_patches` of rows of patches, (B, L, pixels of a patch): row by row through each image, then padding."""
+    if removal != "zero":
+        raise ValueError(f'The pixels of patches in rows have no neighbours for removal={removal!r}; pass "zero".')
+    masks = []
+    for i, (height, width) in enumerate(spatial_shapes.tolist()):
+        mask = _spread(keep if keep.ndim == 2 else keep[i], grid_size, height, width, "patches").flatten(-2)
+        masks.append(F.pad(mask, (0, pixel_values.shape[1] - height * width), value=True))  # padding stays as it is
+    mask = torch.stack(masks).unsqueeze(-1)  # (B, K, L, 1)
+    return torch.where(mask, pixel_values.unsqueeze(1), torch.zeros_like(pixel_values).unsqueeze(1))
+
+
+def mask_patches(
+    pixel_values: Tensor,
+    keep: Tensor,
+    grid_size: GridSize,
+    removal: str = "zero",
+    spatial_shapes: Tensor | None = None,
+) -> Tensor:
     """Keep only some patches of each image and replace every other pixel: f_t(S; x, y) is f_t of this.
 
     Args:
-        pixel_values: normalised images, (B, C, H, W).
+        pixel_values: normalised images, (B, C, H, W), or rows of patches, (B, L, pixels of a patch).
         keep: patches to keep, boolean (B, K, N) or (K, N): K masks for each image.
         grid_size: grid that divides the image, a side or (rows, cols), rows * cols = N.
         removal: what replaces a removed pixel, a key of `REMOVALS`; "zero" is the papers'.
+        spatial_shapes: rows and columns of patches in each image, (B, 2), where the images are rows of patches, as
+            NaFlex processors make them. The grid divides these shapes; rows of padding are never touched.
 
     Returns:
-        Masked images, (B, K, C, H, W).
+        Masked images, (B, K, C, H, W) or (B, K, L, pixels of a patch).
 
     Raises:
         ValueError: If the grid does not divide the image, this is no image, or `removal` is unknown.
     """
     if removal not in REMOVALS:
         raise ValueError(f"Unknown removal operator {removal!r}; choose one of {', '.join(REMOVALS)}.")
+    if pixel_values.ndim == 3 and spatial_shapes is not None:
+        return _mask_rows(pixel_values, keep, grid_size, removal, spatial_shapes)
     if pixel_values.ndim != 4:
         raise ValueError(
             f"Patches are masked in images (B, C, H, W), but pixel_values has shape {tuple(pixel_values.shape)}; "
-            "pass images, and a classifier that takes them."
+            "pass images, or rows of patches with the spatial_shapes that their processor gives."
         )
-    rows, columns = as_pair(grid_size)
-    height, width = pixel_values.shape[-2:]
-    if height % rows or width % columns:
-        raise ValueError(
-            f"A grid of {rows} x {columns} patches does not divide an image of {height} x {width} pixels; "
-            "choose a grid whose sides divide the image's."
-        )
-    mask = keep.unflatten(-1, (rows, columns))
-    mask = mask.repeat_interleave(height // rows, dim=-2).repeat_interleave(width // columns, dim=-1)
-    mask = mask.unsqueeze(-3)  # (B, K, 1, H, W) or (K, 1, H, W)
+    mask = _spread(keep, grid_size, *pixel_values.shape[-2:]).unsqueeze(-3)  # (B, K, 1, H, W) or (K, 1, H, W)
     fill = REMOVALS[removal](pixel_values)
     return torch.where(mask, pixel_values.unsqueeze(1), fill.unsqueeze(1))

@@ -207,8 +207,10 @@ class TransferableAttributionPipeline(Pipeline):
 
     def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
         picture = load_image(image, timeout)
-        inputs = self.image_processor(images=picture, return_tensors="pt")
-        return {"pixel_values": inputs["pixel_values"].to(self.classifier.dtype), "image": picture}
+        given = self.image_processor(images=picture, return_tensors="pt")
+        inputs = {name: given[name] for name in ("pixel_values", *self.classifier.backbone.other_inputs)}
+        floats = {name: x.to(self.classifier.dtype) for name, x in inputs.items() if x.is_floating_point()}
+        return inputs | floats | {"image": picture}
 
     def _forward(
         self,
@@ -224,7 +226,8 @@ class TransferableAttributionPipeline(Pipeline):
         # A lone image comes as it is, a batch of them as a list.
         pictures = model_inputs["image"] if isinstance(model_inputs["image"], list) else [model_inputs["image"]]
         config = self.model.config
-        seen = classifier(pixel_values)
+        inputs = {name: model_inputs[name] for name in classifier.backbone.other_inputs}
+        seen = classifier(pixel_values, **inputs)
         predicted = self.model(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
         log_prob = classifier.log_prob(seen.embeddings)
         if classes is None:
@@ -248,6 +251,7 @@ class TransferableAttributionPipeline(Pipeline):
                     rule=rule,
                     grid_size=config.grid_size,
                     hops=config.hops,
+                    **inputs,
                 )
                 for column in class_idx.T
             ]

@@ -23,7 +23,7 @@ from .classifiers import SplitClassifier, split_classifier
 from .configuration_tve import TVEConfig
 from .images import load_image
 from .modeling_tve import TVEExplainer
-from .patches import sample_patches
+from .patches import GridSize, as_pair, sample_patches
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +45,9 @@ class PretrainArguments:
         default_factory=list, metadata={"help": 'Sentences for them; "This is a photo of {}." by default.'}
     )
     image_column: str = field(default="image")
-    grid_size: int = field(default=14, metadata={"help": "P: patches along a side."})
+    grid_size: int | None = field(
+        default=None, metadata={"help": "P: patches along a side; derived from the classifier by default."}
+    )
     hops: int = field(default=2, metadata={"help": "Radius of a patch's neighbourhood."})
     hidden_size: int = field(default=256)
     num_hidden_layers: int = field(default=2)
@@ -64,15 +66,26 @@ class PretrainArguments:
     seed: int = field(default=0)
 
 
-def config_for(classifier: SplitClassifier, grid_size: int, hops: int, **sizes: Any) -> TVEConfig:
-    """Describe an explainer for this classifier's backbone: its image, grid, features and fingerprint."""
-    pixel_values = classifier.probe()
+def config_for(classifier: SplitClassifier, grid_size: GridSize | None, hops: int, **sizes: Any) -> TVEConfig:
+    """Describe an explainer for this classifier's backbone: its image, grid, features and fingerprint.
+
+    Raises:
+        ValueError: If the classifier takes no images, or the grid does not divide them.
+    """
+    probe = classifier.probe_inputs()
+    pixel_values = probe["pixel_values"]
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            f"{classifier.name} takes rows of patches, whose grid depends on the image, but an explainer has one "
+            'grid; use `tve_hf.methods.explain("exact", ...)` for it.'
+        )
+    rows, columns = classifier.default_grid() if grid_size is None else as_pair(grid_size)
     with torch.no_grad():
-        output = classifier.backbone(pixel_values)
+        output = classifier.backbone(**probe)
     processor = classifier.image_processor
     return TVEConfig(
         image_size=list(pixel_values.shape[-2:]),
-        grid_size=grid_size,
+        grid_size=rows if rows == columns else [rows, columns],
         hops=hops,
         embedding_dim=classifier.embedding_dim,
         image_mean=list(processor.image_mean),
@@ -227,7 +240,7 @@ def pretrain(args: PretrainArguments) -> TVEExplainer:
             with torch.no_grad():
                 images = pixel_values.to(teacher.dtype)
                 seen = teacher.backbone(images)
-                kept, removed = exact_meta_attribution(teacher, images, args.grid_size, args.hops, patch_idx)
+                kept, removed = exact_meta_attribution(teacher, images, config.grid_size, args.hops, patch_idx)
             output = model(
                 pixel_values=pixel_values,
                 features=seen.features,

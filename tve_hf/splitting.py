@@ -106,7 +106,16 @@ def trace(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Ten
             yield module.register_forward_hook(record, with_kwargs=True)
 
     with uncompiled(model), hooked(hooks()), torch.no_grad():
-        return logits_of(model(pixel_values, **inputs)), calls
+        try:
+            output = model(pixel_values, **inputs)
+        except ValueError as error:  # what models say to images of another size
+            interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+            raise ValueError(
+                f"{type(model).__name__} does not take pixel_values of shape {tuple(pixel_values.shape)} ({error}); "
+                "set the size of its image processor to the model's"
+                f"{', or wrap the model to pass interpolate_pos_encoding=True' if interpolates else ''}."
+            ) from error
+    return logits_of(output), calls
 
 
 @dataclass(frozen=True)

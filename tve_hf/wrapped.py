@@ -71,7 +71,6 @@ def named_weights(model: nn.Module, without: Iterable[nn.Module] = ()) -> Iterat
     """
     parts = list(without)
     left_out = {id(module) for part in parts for module in part.modules()}
-    tied = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
 
     def visit(prefix: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if id(module) in left_out:
@@ -84,7 +83,7 @@ def named_weights(model: nn.Module, without: Iterable[nn.Module] = ()) -> Iterat
             for name, tensor in _own_weights(module):
                 if tensor.is_meta:
                     raise ValueError(f"The weight {prefix}{name} was never loaded; load the model before this.")
-                if id(tensor) not in tied and _dequantized(tensor).is_floating_point():
+                if _dequantized(tensor).is_floating_point():
                     yield prefix + name, _dequantized(tensor)
             for name, child in module._modules.items():  # twice where it is there twice, as in a state_dict
                 if child is not None:

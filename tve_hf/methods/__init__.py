@@ -5,6 +5,7 @@ Each method is a function `explain` in a file of its own, imported when it is fi
 
 from collections.abc import Callable
 from importlib import import_module
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +39,7 @@ def explain(
     classifier: SplitClassifier,
     pixel_values: Tensor,
     class_idx: Tensor,
-    grid_size: GridSize,
+    grid_size: GridSize | None = None,
     **options: Any,
 ) -> Tensor:
     """Explain a batch with one method.
@@ -48,13 +49,26 @@ def explain(
         classifier: the classifier to explain, in eval mode.
         pixel_values: (B, 3, H, W).
         class_idx: the class to explain in each image, (B,).
-        grid_size: P, or (rows, cols), of the map.
-        options: what the method's own `explain` takes besides.
+        grid_size: P, or (rows, cols), of the map; by default the explainer's, where one is among the options, or
+            `classifier.default_grid`.
+        options: what the method's own `explain` takes besides. "exact" also takes what the classifier reads besides
+            pixels, such as the spatial_shapes of images that come as rows of patches.
 
     Returns:
         scores (B, rows, cols), float32, higher for patches that support the class more; units are the method's.
 
     Raises:
-        ValueError: If there is no such method, or it cannot serve this classifier.
+        ValueError: If there is no such method, it has no such option, or it cannot serve this classifier.
     """
-    return load(name)(classifier, pixel_values, class_idx, as_pair(grid_size), **options)
+    method = load(name)
+    parameters = signature(method).parameters
+    unknown = [option for option in options if option not in parameters]
+    if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        known = ", ".join(list(parameters)[4:]) or "none"
+        raise ValueError(f"{name} takes no {unknown[0]}, its options are: {known}; 'exact' serves any classifier.")
+    if grid_size is None and "explainer" in options:
+        grid_size = options["explainer"].config.grid_shape
+    elif grid_size is None:
+        inputs = {key: options[key] for key in classifier.backbone.other_inputs if key in options}
+        grid_size = classifier.default_grid(pixel_values, **inputs)
+    return method(classifier, pixel_values, class_idx, as_pair(grid_size), **options)
