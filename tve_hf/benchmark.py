@@ -17,7 +17,6 @@ from .classifiers import SplitClassifier, split_classifier
 from .fidelity import fidelity
 from .images import load_image
 from .modeling_tve import TVEExplainer
-from .patches import REMOVALS
 from .strict_json import dumps
 
 
@@ -33,7 +32,7 @@ class EvaluateArguments:
     label_column: str = field(default="label", metadata={"help": "Used for the accuracy, where it exists."})
     num_images: int = field(default=300)
     methods: list[str] = field(default_factory=lambda: ["random", "rollout", "grad_cam"])
-    removals: list[str] = field(default_factory=lambda: list(REMOVALS))
+    removals: list[str] = field(default_factory=lambda: ["zero", "blur"])
     rule: str = field(default=DEFAULT_RULE)
     batch_size: int = field(default=20)
     seed: int = field(default=0)

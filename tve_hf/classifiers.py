@@ -11,8 +11,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .fingerprint import fingerprint
 from .parts import Backbone, Head, SplitClassifierOutput
-from .patches import GridSize, mask_patches
+from .patches import TOKEN_DROP, GridSize, mask_patches
 from .splitting import check_inputs, differ, find_features, find_head, probe_like, trace
+from .token_drop import embed_without_tokens
 
 
 class SplitClassifier(nn.Module):
@@ -76,19 +77,24 @@ class SplitClassifier(nn.Module):
         Args:
             pixel_values: (B, 3, H, W).
             keep: K sets of patches for each image, boolean (B, K, N).
-            grid_size, removal: as for `patches.mask_patches`.
+            grid_size: as for `patches.mask_patches`.
+            removal: as there; or `patches.TOKEN_DROP`, which takes the tokens of removed patches out of a vision
+                transformer's sequence, in passes of equally many tokens.
 
         Returns:
             Embeddings, (B, K, D).
         """
-        batch, num_masks = keep.shape[:2]
-        image_of = torch.arange(batch, device=pixel_values.device).repeat_interleave(num_masks)
-        masks = keep.flatten(0, 1).unsqueeze(1).to(pixel_values.device)  # (B K, 1, N)
-        rows = [
-            self.embed(mask_patches(pixel_values[images], part, grid_size, removal).squeeze(1))
-            for images, part in zip(image_of.split(chunk_size), masks.split(chunk_size), strict=True)
-        ]
-        return torch.cat(rows).unflatten(0, (batch, num_masks))
+        if removal == TOKEN_DROP:
+            return embed_without_tokens(self.backbone, pixel_values, keep, grid_size, chunk_size)
+        num_masks = keep.shape[1]
+        images_per_pass = max(1, chunk_size // num_masks)
+        rows = []
+        for images, masks in zip(pixel_values.split(images_per_pass), keep.split(images_per_pass), strict=True):
+            # As many masks of an image in each pass, so that none is nearly empty.
+            passes = masks.to(images.device).chunk(-(-num_masks // chunk_size), dim=1)
+            parts = [self.embed(mask_patches(images, part, grid_size, removal).flatten(0, 1)) for part in passes]
+            rows.append(torch.cat([part.unflatten(0, (len(images), -1)) for part in parts], dim=1))
+        return torch.cat(rows)
 
     def log_prob(self, embeddings: Tensor) -> Tensor:
         """Return log H_t(e) in float32, (..., D) -> (..., C): log-softmax, or log-sigmoid of a multi-label head."""

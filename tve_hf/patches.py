@@ -3,11 +3,12 @@
 Patches are numbered row by row: patch (row, col) of a grid (rows, cols) is row * cols + col.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .removals import Removal, blur, mean, road, zero
 
 GridSize = int | Sequence[int]
 
@@ -87,24 +88,17 @@ def sample_patches(batch_size: int, num_patches: int, k: int, generator: torch.G
     return torch.rand(batch_size, num_patches, generator=generator).argsort(dim=1)[:, :k]
 
 
-def _blurred(pixel_values: Tensor) -> Tensor:
-    """Gaussian blur with a standard deviation of a tenth of the shorter side; the border is extended."""
-    sigma = min(pixel_values.shape[-2:]) / 10
-    radius = int(2 * sigma)
-    offset = torch.arange(-radius, radius + 1, device=pixel_values.device, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).to(pixel_values.dtype)
-    channels = pixel_values.shape[1]
-    x = F.pad(pixel_values, (radius,) * 4, mode="replicate")
-    x = F.conv2d(x, kernel.view(1, 1, 1, -1).repeat(channels, 1, 1, 1), groups=channels)
-    return F.conv2d(x, kernel.view(1, 1, -1, 1).repeat(channels, 1, 1, 1), groups=channels)
+# Name -> what a removed pixel is replaced with.
+REMOVALS: dict[str, Removal] = {"zero": zero, "mean": mean, "blur": blur, "road": road}
+# Paints nothing: the patches' tokens are taken out of a transformer's sequence, by `SplitClassifier.embed_masked`.
+TOKEN_DROP = "token_drop"
 
 
-# What a removed pixel is replaced with: name -> fill image, (B, C, H, W) -> (B, C, H, W).
-REMOVALS: dict[str, Callable[[Tensor], Tensor]] = {
-    "zero": torch.zeros_like,  # the papers': pixel_values are normalised, so 0 is about the mean pixel
-    "blur": _blurred,
-}
+def spread(keep: Tensor, grid_size: GridSize, height: int, width: int) -> Tensor:
+    """Give every cell of a finer grid, of pixels or tokens, what its patch has: (..., N) -> (..., height, width)."""
+    rows, columns = as_pair(grid_size)
+    cells = keep.unflatten(-1, (rows, columns))
+    return cells.repeat_interleave(height // rows, dim=-2).repeat_interleave(width // columns, dim=-1)
 
 
 def mask_patches(pixel_values: Tensor, keep: Tensor, grid_size: GridSize, removal: str = "zero") -> Tensor:
@@ -123,7 +117,10 @@ def mask_patches(pixel_values: Tensor, keep: Tensor, grid_size: GridSize, remova
         ValueError: If the grid does not divide the image, this is no image, or `removal` is unknown.
     """
     if removal not in REMOVALS:
-        raise ValueError(f"Unknown removal operator {removal!r}; choose one of {', '.join(REMOVALS)}.")
+        raise ValueError(
+            f"Unknown removal operator {removal!r}; choose one of {', '.join(REMOVALS)}, or {TOKEN_DROP} for the "
+            "tokens of a vision transformer."
+        )
     if pixel_values.ndim != 4:
         raise ValueError(
             f"Patches are masked in images (B, C, H, W), but pixel_values has shape {tuple(pixel_values.shape)}; "
@@ -136,8 +133,6 @@ def mask_patches(pixel_values: Tensor, keep: Tensor, grid_size: GridSize, remova
             f"A grid of {rows} x {columns} patches does not divide an image of {height} x {width} pixels; "
             "choose a grid whose sides divide the image's."
         )
-    mask = keep.unflatten(-1, (rows, columns))
-    mask = mask.repeat_interleave(height // rows, dim=-2).repeat_interleave(width // columns, dim=-1)
-    mask = mask.unsqueeze(-3)  # (B, K, 1, H, W) or (K, 1, H, W)
-    fill = REMOVALS[removal](pixel_values)
-    return torch.where(mask, pixel_values.unsqueeze(1), fill.unsqueeze(1))
+    mask = spread(keep if keep.ndim == 3 else keep.unsqueeze(0), grid_size, height, width).unsqueeze(2)
+    fill = REMOVALS[removal](pixel_values, mask)
+    return torch.where(mask, pixel_values.unsqueeze(1), fill)  # (B, K, C, H, W)
