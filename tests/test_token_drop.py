@@ -131,7 +131,10 @@ def test_what_has_no_token_sequence_is_refused_in_a_sentence_and_left_as_found(b
     model = build(name)
     side = specs[name].side if name in specs else 32
     classifier = split_classifier(model)
-    with left_as_found(model), pytest.raises(ValueError, match="is no vision transformer, or .* choose another removal"):
+    with (
+        left_as_found(model),
+        pytest.raises(ValueError, match="is no vision transformer, or .* choose another removal"),
+    ):
         classifier.embed_masked(images(1, side), _keep(1, 1), 4, TOKEN_DROP)
 
 

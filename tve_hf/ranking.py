@@ -22,7 +22,7 @@ def check_scores(
     class_idx: Tensor,
     grid_size: GridSize | None = None,
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Check what every metric of a map is given; warn of constant maps, whose patches go in the order of their numbers.
+    """Check what every metric of a map is given, and warn of constant maps, which rank nothing.
 
     Args:
         scores: (B, rows, cols), or (B, N) on the grid `grid_size` (a square one if None).

@@ -16,7 +16,7 @@ from .splitting import Call, hooked, trace
 
 
 class TokenInput(NamedTuple):
-    """The input of a module that is the token sequence: `prefix` tokens, then a grid of rows * columns patch tokens."""
+    """A module whose input is the token sequence: `prefix` tokens, then those of rows * columns patches."""
 
     name: str
     prefix: int
