@@ -146,7 +146,7 @@ def test_nothing_to_average_is_refused(shared_model, images) -> None:
 
 def test_grids_and_shapes_that_do_not_fit_are_refused(shared_model, images) -> None:
     classifier = split_classifier(shared_model("vit"))
-    with pytest.raises(ValueError, match="8 x 8 patches does not divide the 4 x 4 tokens"):
+    with pytest.raises(ValueError, match="8 x 8 patches does not divide an image of 4 x 4 tokens"):
         classifier.embed_masked(images(1, 32), _keep(1, 1, 64), 8, TOKEN_DROP)
     with pytest.raises(ValueError, match=r"shape \(1, 16, 192\); token_drop takes images"):
         classifier.embed_masked(torch.zeros(1, 16, 192), _keep(1, 1), 4, TOKEN_DROP)

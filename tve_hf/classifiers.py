@@ -1,5 +1,6 @@
 """Split an image classifier f = H_t o G into backbone G and head H_t by looking at one forward pass, not by name."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +71,13 @@ class SplitClassifier(nn.Module):
         return self.backbone(pixel_values, **inputs).embeddings
 
     def embed_masked(
-        self, pixel_values: Tensor, keep: Tensor, grid_size: GridSize, removal: str = "zero", chunk_size: int = 128
+        self,
+        pixel_values: Tensor,
+        keep: Tensor,
+        grid_size: GridSize,
+        removal: str = "zero",
+        chunk_size: int = 128,
+        **inputs: Tensor,
     ) -> Tensor:
         """Return G of each image with only some patches kept, in passes of at most `chunk_size` masked images.
 
@@ -80,21 +87,26 @@ class SplitClassifier(nn.Module):
             grid_size: as for `patches.mask_patches`.
             removal: as there; or `patches.TOKEN_DROP`, which takes the tokens of removed patches out of a vision
                 transformer's sequence, in passes of equally many tokens.
+            inputs: as for `forward`, one row for each image.
 
         Returns:
             Embeddings, (B, K, D).
         """
         if removal == TOKEN_DROP:
             return embed_without_tokens(self.backbone, pixel_values, keep, grid_size, chunk_size)
-        num_masks = keep.shape[1]
+        batch, num_masks = keep.shape[:2]
         images_per_pass = max(1, chunk_size // num_masks)
-        rows = []
-        for images, masks in zip(pixel_values.split(images_per_pass), keep.split(images_per_pass), strict=True):
+        embeddings = []
+        for start in range(0, batch, images_per_pass):
+            some = slice(start, start + images_per_pass)
+            rows = []
             # As many masks of an image in each pass, so that none is nearly empty.
-            passes = masks.to(images.device).chunk(-(-num_masks // chunk_size), dim=1)
-            parts = [self.embed(mask_patches(images, part, grid_size, removal).flatten(0, 1)) for part in passes]
-            rows.append(torch.cat([part.unflatten(0, (len(images), -1)) for part in parts], dim=1))
-        return torch.cat(rows)
+            for masks in keep[some].to(pixel_values.device).chunk(math.ceil(num_masks / chunk_size), dim=1):
+                masked = mask_patches(pixel_values[some], masks, grid_size, removal).flatten(0, 1)
+                others = {name: value[some].repeat_interleave(masks.shape[1], 0) for name, value in inputs.items()}
+                rows.append(self.embed(masked, **others).unflatten(0, masks.shape[:2]))
+            embeddings.append(torch.cat(rows, dim=1))
+        return torch.cat(embeddings)
 
     def log_prob(self, embeddings: Tensor) -> Tensor:
         """Return log H_t(e) in float32, (..., D) -> (..., C): log-softmax, or log-sigmoid of a multi-label head."""

@@ -53,6 +53,7 @@ def fidelity(
     grid_size: GridSize | None = None,
     removal: str = "zero",
     chunk_size: int = 128,
+    **inputs: Tensor,
 ) -> Fidelity:
     """Remove, and keep alone, the most important patches S* at evenly spaced sparsities.
 
@@ -69,6 +70,7 @@ def fidelity(
         num_levels: points on each curve, both ends included.
         removal: how patches are removed: a key of `patches.REMOVALS`, or "token_drop".
         chunk_size: masked images in one pass: the bound on memory.
+        inputs: what else the image processor returns and the classifier reads, one row for each image.
 
     Raises:
         ValueError: If the scores are not finite or do not fit the images, or there are more levels than patches + 1.
@@ -78,7 +80,7 @@ def fidelity(
     important = most_important(scores, sizes)  # (B, K, N)
     inner = important[:, 1:-1]
     keep = torch.cat([important[:, :1], important[:, -1:], inner, ~inner], dim=1)  # Z, empty, K - 2 and K - 2 masks
-    probabilities = prob_kept(classifier, pixel_values, class_idx, keep, grid, removal, chunk_size)
+    probabilities = prob_kept(classifier, pixel_values, class_idx, keep, grid, removal, chunk_size, **inputs)
     full, empty, alone, without = probabilities.split([1, 1, num_levels - 2, num_levels - 2], dim=1)
     kept = torch.cat([full, alone, empty], dim=1)
     removed = torch.cat([empty, without, full], dim=1)

@@ -94,11 +94,20 @@ REMOVALS: dict[str, Removal] = {"zero": zero, "mean": mean, "blur": blur, "road"
 TOKEN_DROP = "token_drop"
 
 
-def spread(keep: Tensor, grid_size: GridSize, height: int, width: int) -> Tensor:
-    """Give every cell of a finer grid, of pixels or tokens, what its patch has: (..., N) -> (..., height, width)."""
+def spread(keep: Tensor, grid_size: GridSize, height: int, width: int, unit: str = "pixels") -> Tensor:
+    """Spread a mask of patches, (..., N), over the pixels or tokens of an image, (..., height, width).
+
+    Raises:
+        ValueError: If the grid does not divide the image.
+    """
     rows, columns = as_pair(grid_size)
-    cells = keep.unflatten(-1, (rows, columns))
-    return cells.repeat_interleave(height // rows, dim=-2).repeat_interleave(width // columns, dim=-1)
+    if height % rows or width % columns:
+        raise ValueError(
+            f"A grid of {rows} x {columns} patches does not divide an image of {height} x {width} {unit}; "
+            "choose a grid whose sides divide the image's."
+        )
+    mask = keep.unflatten(-1, (rows, columns))
+    return mask.repeat_interleave(height // rows, dim=-2).repeat_interleave(width // columns, dim=-1)
 
 
 def mask_patches(pixel_values: Tensor, keep: Tensor, grid_size: GridSize, removal: str = "zero") -> Tensor:
@@ -126,13 +135,6 @@ def mask_patches(pixel_values: Tensor, keep: Tensor, grid_size: GridSize, remova
             f"Patches are masked in images (B, C, H, W), but pixel_values has shape {tuple(pixel_values.shape)}; "
             "pass images, and a classifier that takes them."
         )
-    rows, columns = as_pair(grid_size)
-    height, width = pixel_values.shape[-2:]
-    if height % rows or width % columns:
-        raise ValueError(
-            f"A grid of {rows} x {columns} patches does not divide an image of {height} x {width} pixels; "
-            "choose a grid whose sides divide the image's."
-        )
-    mask = spread(keep if keep.ndim == 3 else keep.unsqueeze(0), grid_size, height, width).unsqueeze(2)
+    mask = spread(keep if keep.ndim == 3 else keep.unsqueeze(0), grid_size, *pixel_values.shape[-2:]).unsqueeze(2)
     fill = REMOVALS[removal](pixel_values, mask)
     return torch.where(mask, pixel_values.unsqueeze(1), fill)  # (B, K, C, H, W)

@@ -51,6 +51,7 @@ def perturbation(
     grid_size: GridSize | None = None,
     removal: str = "zero",
     chunk_size: int = 128,
+    **inputs: Tensor,
 ) -> Perturbation:
     """Delete 0 to 90 % of the patches, by descending and by ascending score, and see whether the class survives.
 
@@ -71,7 +72,7 @@ def perturbation(
     shares = even_shares(num_levels, scores.shape[1], LAST)
     descending, ascending = most_important(scores, shares), most_important(-scores, shares)
     keep = ~torch.cat([descending, ascending[:, 1:]], dim=1)  # nothing deleted is asked once
-    log_prob = log_prob_kept(classifier, pixel_values, keep, grid, removal, chunk_size)  # (B, 2K-1, C)
+    log_prob = log_prob_kept(classifier, pixel_values, keep, grid, removal, chunk_size, **inputs)  # (B, 2K-1, C)
     correct = (log_prob.argmax(-1) == class_idx.to(log_prob.device).unsqueeze(1)).float()
     negative = torch.cat([correct[:, :1], correct[:, num_levels:]], dim=1)
     return Perturbation.from_correct(correct[:, :num_levels], negative)
@@ -106,6 +107,7 @@ def insertion_deletion(
     insertion_removal: str = "blur",
     deletion_removal: str = "zero",
     chunk_size: int = 128,
+    **inputs: Tensor,
 ) -> InsertionDeletion:
     """Insert the most important patches into an image that has none, and delete them from the whole image.
 
@@ -121,7 +123,7 @@ def insertion_deletion(
     important = most_important(scores, shares)
 
     def curve(keep: Tensor, removal: str) -> Tensor:
-        return prob_kept(classifier, pixel_values, class_idx, keep, grid, removal, chunk_size)
+        return prob_kept(classifier, pixel_values, class_idx, keep, grid, removal, chunk_size, **inputs)
 
     deletion = curve(~important, deletion_removal)
     # All patches inserted is the whole image, which was asked with none deleted.
@@ -154,6 +156,7 @@ def single_deletion(
     grid_size: GridSize | None = None,
     removal: str = "zero",
     chunk_size: int = 128,
+    **inputs: Tensor,
 ) -> SingleDeletion:
     """Delete each patch by itself, N + 1 passes an image, and correlate scores with the drops of the probability.
 
@@ -165,7 +168,7 @@ def single_deletion(
     num_patches = scores.shape[1]
     alone = torch.eye(num_patches, dtype=torch.bool, device=scores.device)
     keep = ~torch.cat([torch.zeros_like(alone[:1]), alone]).expand(len(scores), -1, -1)  # (B, N+1, N)
-    full, without = prob_kept(classifier, pixel_values, class_idx, keep, grid, removal, chunk_size).split(
+    full, without = prob_kept(classifier, pixel_values, class_idx, keep, grid, removal, chunk_size, **inputs).split(
         [1, num_patches], dim=1
     )
     drop = full - without

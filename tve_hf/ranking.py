@@ -90,9 +90,10 @@ def log_prob_kept(
     grid_size: GridSize,
     removal: str,
     chunk_size: int,
+    **inputs: Tensor,
 ) -> Tensor:
     """Return log f(S; .) of each image with each of its sets S of patches kept, boolean (B, K, N) -> (B, K, C)."""
-    return classifier.log_prob(classifier.embed_masked(pixel_values, keep, grid_size, removal, chunk_size))
+    return classifier.log_prob(classifier.embed_masked(pixel_values, keep, grid_size, removal, chunk_size, **inputs))
 
 
 def prob_kept(
@@ -103,9 +104,10 @@ def prob_kept(
     grid_size: GridSize,
     removal: str,
     chunk_size: int,
+    **inputs: Tensor,
 ) -> Tensor:
     """Return f(S; y) for each image's class, (B, K); arguments as for `log_prob_kept`, and class_idx (B,)."""
-    log_prob = log_prob_kept(classifier, pixel_values, keep, grid_size, removal, chunk_size)
+    log_prob = log_prob_kept(classifier, pixel_values, keep, grid_size, removal, chunk_size, **inputs)
     index = class_idx.to(log_prob.device).view(-1, 1, 1).expand(-1, log_prob.shape[1], 1)
     return log_prob.gather(-1, index).squeeze(-1).exp()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .parts import Backbone
-from .patches import GridSize, as_pair, spread, token_grid
+from .patches import GridSize, spread, token_grid
 from .splitting import Call, hooked, trace
 
 
@@ -129,14 +129,9 @@ def embed_without_tokens(
         )
     backbone = Backbone(backbone.model, backbone.parts, (), backbone.other_inputs)  # no maps: their grid has gone
     tokens = find_token_input(backbone, pixel_values)
-    rows, columns = as_pair(grid_size)
-    if tokens.rows % rows or tokens.columns % columns:
-        raise ValueError(
-            f"A grid of {rows} x {columns} patches does not divide the {tokens.rows} x {tokens.columns} tokens of "
-            f"{type(backbone.model).__name__}; token_drop needs one that does."
-        )
     batch, num_masks = keep.shape[:2]
-    kept = spread(keep.to(pixel_values.device), grid_size, tokens.rows, tokens.columns).flatten(-2).flatten(0, 1)
+    kept = spread(keep.to(pixel_values.device), grid_size, tokens.rows, tokens.columns, "tokens")
+    kept = kept.flatten(-2).flatten(0, 1)  # (B K, tokens)
     counts = kept.sum(1)
     parts: list[Tensor] = []
     order: list[Tensor] = []
