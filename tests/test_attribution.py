@@ -98,7 +98,7 @@ def test_exact_meta_attribution_with_blur(cnn, images) -> None:
 
     pixel_values = images(1, 32)
     kept, removed = exact_meta_attribution(cnn, pixel_values, 4, 0, torch.tensor([[6]]), removal="blur")
-    blurred = REMOVALS["blur"](pixel_values)
+    blurred = REMOVALS["blur"](pixel_values, torch.ones(1))[:, 0]
     alone, without = blurred.clone(), pixel_values.clone()
     alone[..., 8:16, 16:24] = pixel_values[..., 8:16, 16:24]  # patch 6 is row 1, column 2
     without[..., 8:16, 16:24] = blurred[..., 8:16, 16:24]

@@ -682,7 +682,7 @@ def test_embed_masked_does_not_depend_on_the_chunks_and_bounds_them(shared_model
     handle = classifier.backbone.model.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
     expected = classifier.embed_masked(images(2, 32), keep, 4)
     assert sizes == [10]
-    for chunk_size, chunks in ((1, [1] * 10), (3, [3, 3, 3, 1]), (10, [10])):
+    for chunk_size, chunks in ((1, [1] * 10), (3, [3, 2, 3, 2]), (5, [5, 5]), (10, [10])):
         sizes.clear()
         torch.testing.assert_close(
             classifier.embed_masked(images(2, 32), keep, 4, chunk_size=chunk_size), expected, rtol=1e-5, atol=1e-6

@@ -88,15 +88,15 @@ def _naive(
     """Curves and areas of one image (3, H, W) and map (rows, cols), one masked image after the other."""
     rows, columns = scores.shape
     height, width = image.shape[1] // rows, image.shape[2] // columns
-    fill = REMOVALS[removal](image.unsqueeze(0))[0]
     cells = list(itertools.product(range(rows), range(columns)))
     ranked = sorted(cells, key=lambda cell: (-scores[cell].item(), cell))
 
     def probability(kept: list[tuple[int, int]]) -> float:
-        masked = fill.clone()
+        keep = torch.zeros(1, 1, 1, *image.shape[1:], dtype=torch.bool)
         for row, column in kept:
-            area = (slice(None), slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width))
-            masked[area] = image[area]
+            keep[..., row * height : (row + 1) * height, column * width : (column + 1) * width] = True
+        fill = REMOVALS[removal](image.unsqueeze(0), keep).expand(1, 1, *image.shape)[0, 0]
+        masked = torch.where(keep[0, 0], image, fill)
         return model(masked.unsqueeze(0)).double().softmax(-1)[0, y].item()
 
     full = probability(cells)

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "tve_hf"
 
 # A module may import from a smaller number only; members of a sub-package share one, and may import each other.
 LAYERS = {
-    "patches": 0,
+    "removals": 0,
+    "patches": 0.2,
     "fingerprint": 0,
     "images": 0,
     "inputs": 0,
@@ -30,12 +31,17 @@ LAYERS = {
     "report": 0.7,
     "prompts": 0.5,
     "zero_shot": 0.9,
+    "token_drop": 0.8,
     "modeling_tve": 1,
     "classifiers": 1,
     "visualization": 1,
     "attribution": 1.5,
     "compatibility": 1.5,
-    "fidelity": 1.5,
+    "ranking": 1.6,
+    "localization": 1.6,
+    "sanity": 1.6,
+    "fidelity": 1.7,
+    "perturbation": 1.7,
     "methods": 2,
     "metrics": 2,
     "pipeline_tve": 2,
@@ -49,7 +55,8 @@ LAYERS = {
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Extras, and what they bring along: never needed to explain an image.
 HEAVY = ["accelerate", "captum", "datasets", "evaluate", "gradio", "matplotlib", "peft", "skimage", "sklearn", "timm"]
-TRAINING = {"benchmark", "judge", "plots", "pretrain"}
+# Modules that are all about an extra; `evaluate` loads those of `metrics` from their folders, each by itself.
+TRAINING = {"benchmark", "judge", "metrics", "plots", "pretrain"}
 
 
 def _module(path: Path) -> str:

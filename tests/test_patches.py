@@ -125,7 +125,7 @@ def test_a_grid_that_does_not_divide_the_image_is_refused(images, grid_size) -> 
 
 
 def test_an_unknown_removal_is_refused(images) -> None:
-    with pytest.raises(ValueError, match="'black'; choose one of zero, blur"):
+    with pytest.raises(ValueError, match="'black'; choose one of zero, mean, blur, road, or token_drop"):
         mask_patches(images(1, 8), torch.ones(1, 4, dtype=torch.bool), 2, "black")
 
 

@@ -7,7 +7,7 @@ Importing this package registers `TVEConfig` and `TVEExplainer` with transformer
 from transformers import AutoConfig, AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from . import methods
+from . import methods, metrics
 from .attribution import DEFAULT_RULE, RULES, exact_meta_attribution, transfer, verify
 from .classifiers import SplitClassifier, split_classifier
 from .configuration_tve import TVEConfig
@@ -38,6 +38,7 @@ __all__ = [
     "exact_meta_attribution",
     "fidelity",
     "methods",
+    "metrics",
     "split_classifier",
     "transfer",
     "verify",

@@ -16,7 +16,7 @@ from .classifiers import split_classifier
 from .compatibility import fit
 from .judge import Judge, parse_method
 from .modeling_tve import TVEExplainer
-from .patches import REMOVALS, GridSize, as_pair
+from .patches import REMOVALS, TOKEN_DROP, GridSize, as_pair
 from .report import summarize, table_of
 from .strict_json import dumps
 
@@ -42,7 +42,8 @@ class EvaluateArguments:
         metadata={"help": "Names of methods, sampling ones as name@samples, or a budget: paper, fair, large."},
     )
     removals: list[str] = field(
-        default_factory=lambda: ["zero", "blur"], metadata={"help": f"Removal operators: {', '.join(REMOVALS)}."}
+        default_factory=lambda: ["zero", "blur"],
+        metadata={"help": f"Removal operators: {', '.join((*REMOVALS, TOKEN_DROP))}."},
     )
     candidate_labels: list[str] = field(default_factory=list, metadata={"help": "Classes of a zero-shot classifier."})
     hypothesis_template: list[str] = field(
@@ -66,8 +67,9 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
     for spec in specs:
         parse_method(spec)
     for removal in args.removals:
-        if removal not in REMOVALS:
-            raise ValueError(f"Unknown removal operator {removal!r}; choose among {', '.join(REMOVALS)}.")
+        if removal not in (*REMOVALS, TOKEN_DROP):
+            known = ", ".join((*REMOVALS, TOKEN_DROP))
+            raise ValueError(f"Unknown removal operator {removal!r}; choose among {known}.")
     classifier = split_classifier(
         args.classifier,
         dtype=torch.float32,

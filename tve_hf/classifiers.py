@@ -1,5 +1,6 @@
 """Split an image classifier f = H_t o G into backbone G and head H_t by looking at one forward pass, not by name."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,9 +14,10 @@ from transformers.utils import logging
 from .fingerprint import fingerprint
 from .heads import BinaryHead, as_head, try_head
 from .parts import Backbone, Head, SplitClassifierOutput
-from .patches import GridSize, dividing_grid, mask_patches
+from .patches import TOKEN_DROP, GridSize, dividing_grid, mask_patches
 from .prompts import PromptHead, TextTower, check_prompts, no_text_tower
 from .splitting import check_inputs, differ, find_features, find_head, probe_like, trace
+from .token_drop import embed_without_tokens
 from .wrapped import is_compiled, is_dispatched, named_weights, placement, unwrapped
 from .zero_shot import load_zero_shot, split_towers, takes_prompts
 
@@ -138,22 +140,32 @@ class SplitClassifier(nn.Module):
         Args:
             pixel_values: (B, 3, H, W).
             keep: K sets of patches for each image, boolean (B, K, N).
-            grid_size, removal: as for `patches.mask_patches`.
+            grid_size: as for `patches.mask_patches`.
+            removal: as there; or `patches.TOKEN_DROP`, which takes the tokens of removed patches out of a vision
+                transformer's sequence, in passes of equally many tokens.
             inputs: as for `forward`, one row for each image.
 
         Returns:
             Embeddings, (B, K, D).
         """
+        if removal == TOKEN_DROP:
+            return embed_without_tokens(self.backbone, pixel_values, keep, grid_size, chunk_size)
         batch, num_masks = keep.shape[:2]
-        image_of = torch.arange(batch, device=pixel_values.device).repeat_interleave(num_masks)
-        masks = keep.flatten(0, 1).unsqueeze(1).to(pixel_values.device)  # (B K, 1, N)
-        rows = []
-        for images, part in zip(image_of.split(chunk_size), masks.split(chunk_size), strict=True):
-            others = {name: value[images] for name, value in inputs.items()}
-            shapes = others.get("spatial_shapes")
-            masked = mask_patches(pixel_values[images], part, grid_size, removal, shapes).squeeze(1)
-            rows.append(self.embed(masked, **others))
-        return torch.cat(rows).unflatten(0, (batch, num_masks))
+        images_per_pass = max(1, chunk_size // num_masks)
+        shapes = inputs.get("spatial_shapes")
+        embeddings = []
+        for start in range(0, batch, images_per_pass):
+            some = slice(start, start + images_per_pass)
+            rows = []
+            # As many masks of an image in each pass, so that none is nearly empty.
+            for masks in keep[some].to(pixel_values.device).chunk(math.ceil(num_masks / chunk_size), dim=1):
+                masked = mask_patches(
+                    pixel_values[some], masks, grid_size, removal, None if shapes is None else shapes[some]
+                ).flatten(0, 1)
+                others = {name: value[some].repeat_interleave(masks.shape[1], 0) for name, value in inputs.items()}
+                rows.append(self.embed(masked, **others).unflatten(0, masks.shape[:2]))
+            embeddings.append(torch.cat(rows, dim=1))
+        return torch.cat(embeddings)
 
     def log_prob(self, embeddings: Tensor) -> Tensor:
         """Return log H_t(e) in float32, (..., D) -> (..., C): log-softmax, or log-sigmoid of a multi-label head.

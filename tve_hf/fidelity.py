@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .classifiers import SplitClassifier
-from .patches import GridSize, grid_of
+from .patches import GridSize
+from .ranking import area, check_scores, even_shares, most_important, prob_kept
 
 
 @dataclass
@@ -31,6 +32,16 @@ class Fidelity:
         """Fidelity+ AUC - Fidelity- AUC, (B,); higher is better."""
         return self.plus_auc - self.minus_auc
 
+    @classmethod
+    def from_probabilities(cls, full: Tensor, kept: Tensor, removed: Tensor) -> "Fidelity":
+        """Compute fidelity from f(Z; y), (B,), f(S*; y) and f(Z \\ S*; y), (B, K), at evenly spaced sparsities.
+
+        The area is the mean over sparsity in [0, 1] by the trapezoidal rule.
+        """
+        sparsity = torch.linspace(0, 1, kept.shape[1], dtype=torch.float32)
+        plus, minus = full.unsqueeze(1) - removed, full.unsqueeze(1) - kept
+        return cls(sparsity, plus, minus, area(plus, sparsity), area(minus, sparsity))
+
 
 @torch.no_grad()
 def fidelity(
@@ -44,62 +55,33 @@ def fidelity(
     chunk_size: int = 128,
     **inputs: Tensor,
 ) -> Fidelity:
-    """Remove, and keep alone, the most important patches S* at evenly spaced sparsities (SPEC: fidelity-sparsity AUC).
+    """Remove, and keep alone, the most important patches S* at evenly spaced sparsities.
 
         Fidelity+ = f(Z; y) - f(Z \\ S*; y)        Fidelity- = f(Z; y) - f(S*; y)
 
-    At sparsity s, S* holds the round((1 - s) N) patches of the highest scores; ties go to the lower patch number. The
-    area is the mean over sparsity in [0, 1] by the trapezoidal rule.
+    At sparsity s, S* holds the round((1 - s) N) patches of the highest scores; ties go to the lower patch number.
+    2 num_levels - 2 passes an image: at the ends S* is everything or nothing for every map, so these are asked once.
 
     Args:
         classifier: f, whose probability of the class is read.
         pixel_values: (B, 3, H, W).
         scores: (B, rows, cols), or (B, N) on the grid `grid_size` (a square one if None).
         class_idx: y, (B,).
-        num_levels: points on each curve, both ends included; the ends need no ranking and cost one pass an image.
-        removal: a key of `patches.REMOVALS`.
+        num_levels: points on each curve, both ends included.
+        removal: how patches are removed: a key of `patches.REMOVALS`, or "token_drop".
         chunk_size: masked images in one pass: the bound on memory.
         inputs: what else the image processor returns and the classifier reads, one row for each image.
 
     Raises:
         ValueError: If the scores are not finite or do not fit the images, or there are more levels than patches + 1.
     """
-    if scores.ndim == 3:
-        grid_size = tuple(scores.shape[1:])
-    scores = scores.flatten(1)
-    num_patches = scores.shape[1]
-    grid = grid_of(num_patches, grid_size)
-    if not torch.isfinite(scores).all():
-        raise ValueError("The scores hold NaN or infinity, so patches cannot be ranked by them.")
-    if len(scores) != len(pixel_values):
-        raise ValueError(f"{len(scores)} maps were given for {len(pixel_values)} images; pass one map for each.")
-    if len(pixel_values) == 0:
-        raise ValueError("pixel_values holds no image; pass a batch of at least one.")
-    if not 2 <= num_levels <= num_patches + 1:
-        raise ValueError(
-            f"num_levels = {num_levels} must lie between 2 and the number of patches + 1, {num_patches + 1}."
-        )
-    num_labels = len(classifier.id2label)
-    if class_idx.min() < 0 or class_idx.max() >= num_labels:
-        raise ValueError(f"class_idx {class_idx.tolist()} must lie between 0 and {num_labels - 1}.")
-
-    sparsity = torch.linspace(0, 1, num_levels, dtype=torch.float64)
-    sizes = ((1 - sparsity) * num_patches).round().long().to(scores.device)  # |S*|, falling from N to 0
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    rank = order.argsort(dim=1)  # rank 0 is the most important patch
-    important = rank.unsqueeze(1) < sizes.view(1, -1, 1)  # (B, K, N)
-    # At the ends S* is everything or nothing for every map, so f(Z) and f(empty) are asked once.
+    scores, grid = check_scores(classifier, pixel_values, scores, class_idx, grid_size)
+    sizes = even_shares(num_levels, scores.shape[1])[::-1]  # of S*, falling from all patches to none
+    important = most_important(scores, sizes)  # (B, K, N)
     inner = important[:, 1:-1]
-    keep = torch.cat([important[:, :1], important[:, -1:], ~inner, inner], dim=1)  # Z, empty, K - 2 and K - 2 masks
-    log_prob = classifier.log_prob(
-        classifier.embed_masked(pixel_values, keep, grid, removal, chunk_size, **inputs)
-    )  # (B, 2K-2, C)
-    probabilities = log_prob.gather(-1, class_idx.view(-1, 1, 1).expand(-1, log_prob.shape[1], 1)).squeeze(-1).exp()
-    full, empty, without, alone = probabilities.split([1, 1, num_levels - 2, num_levels - 2], dim=1)
-    plus = full - torch.cat([empty, without, full], dim=1)
-    minus = full - torch.cat([full, alone, empty], dim=1)
-
-    def area(curve: Tensor) -> Tensor:
-        return torch.trapezoid(curve, sparsity.to(curve), dim=1)
-
-    return Fidelity(sparsity.float(), plus, minus, area(plus), area(minus))
+    keep = torch.cat([important[:, :1], important[:, -1:], inner, ~inner], dim=1)  # Z, empty, K - 2 and K - 2 masks
+    probabilities = prob_kept(classifier, pixel_values, class_idx, keep, grid, removal, chunk_size, **inputs)
+    full, empty, alone, without = probabilities.split([1, 1, num_levels - 2, num_levels - 2], dim=1)
+    kept = torch.cat([full, alone, empty], dim=1)
+    removed = torch.cat([empty, without, full], dim=1)
+    return Fidelity.from_probabilities(full.squeeze(1), kept, removed)

@@ -4,11 +4,13 @@ Patches are numbered row by row: patch (row, col) of a grid (rows, cols) is row 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .removals import Removal, blur, mean, road, zero
 
 GridSize = int | Sequence[int]
 
@@ -107,28 +109,18 @@ def sample_patches(batch_size: int, num_patches: int, k: int, generator: torch.G
     return torch.rand(batch_size, num_patches, generator=generator).argsort(dim=1)[:, :k]
 
 
-def _blurred(pixel_values: Tensor) -> Tensor:
-    """Gaussian blur with a standard deviation of a tenth of the shorter side; the border is extended."""
-    sigma = min(pixel_values.shape[-2:]) / 10
-    radius = int(2 * sigma)
-    offset = torch.arange(-radius, radius + 1, device=pixel_values.device, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).to(pixel_values.dtype)
-    channels = pixel_values.shape[1]
-    x = F.pad(pixel_values, (radius,) * 4, mode="replicate")
-    x = F.conv2d(x, kernel.view(1, 1, 1, -1).repeat(channels, 1, 1, 1), groups=channels)
-    return F.conv2d(x, kernel.view(1, 1, -1, 1).repeat(channels, 1, 1, 1), groups=channels)
+# Name -> what a removed pixel is replaced with.
+REMOVALS: dict[str, Removal] = {"zero": zero, "mean": mean, "blur": blur, "road": road}
+# Paints nothing: the patches' tokens are taken out of a transformer's sequence, by `SplitClassifier.embed_masked`.
+TOKEN_DROP = "token_drop"
 
 
-# What a removed pixel is replaced with: name -> fill image, (B, C, H, W) -> (B, C, H, W).
-REMOVALS: dict[str, Callable[[Tensor], Tensor]] = {
-    "zero": torch.zeros_like,  # the papers': pixel_values are normalised, so 0 is about the mean pixel
-    "blur": _blurred,
-}
+def spread(keep: Tensor, grid_size: GridSize, height: int, width: int, unit: str = "pixels") -> Tensor:
+    """Spread a mask of patches, (..., N), over the pixels or tokens of an image, (..., height, width).
 
-
-def _spread(keep: Tensor, grid_size: GridSize, height: int, width: int, unit: str = "pixels") -> Tensor:
-    """Spread a mask of patches, (..., N), over an image of that size, (..., height, width)."""
+    Raises:
+        ValueError: If the grid does not divide the image.
+    """
     rows, columns = as_pair(grid_size)
     if height % rows or width % columns:
         raise ValueError(
@@ -147,7 +139,7 @@ def _mask_rows(
         raise ValueError(f'The pixels of patches in rows have no neighbours for removal={removal!r}; pass "zero".')
     masks = []
     for i, (height, width) in enumerate(spatial_shapes.tolist()):
-        mask = _spread(keep if keep.ndim == 2 else keep[i], grid_size, height, width, "patches").flatten(-2)
+        mask = spread(keep if keep.ndim == 2 else keep[i], grid_size, height, width, "patches").flatten(-2)
         masks.append(F.pad(mask, (0, pixel_values.shape[1] - height * width), value=True))  # padding stays as it is
     mask = torch.stack(masks).unsqueeze(-1)  # (B, K, L, 1)
     return torch.where(mask, pixel_values.unsqueeze(1), torch.zeros_like(pixel_values).unsqueeze(1))
@@ -177,7 +169,10 @@ def mask_patches(
         ValueError: If the grid does not divide the image, this is no image, or `removal` is unknown.
     """
     if removal not in REMOVALS:
-        raise ValueError(f"Unknown removal operator {removal!r}; choose one of {', '.join(REMOVALS)}.")
+        raise ValueError(
+            f"Unknown removal operator {removal!r}; choose one of {', '.join(REMOVALS)}, or {TOKEN_DROP} for the "
+            "tokens of a vision transformer."
+        )
     if pixel_values.ndim == 3 and spatial_shapes is not None:
         return _mask_rows(pixel_values, keep, grid_size, removal, spatial_shapes)
     if pixel_values.ndim != 4:
@@ -185,6 +180,6 @@ def mask_patches(
             f"Patches are masked in images (B, C, H, W), but pixel_values has shape {tuple(pixel_values.shape)}; "
             "pass images, or rows of patches with the spatial_shapes that their processor gives."
         )
-    mask = _spread(keep, grid_size, *pixel_values.shape[-2:]).unsqueeze(-3)  # (B, K, 1, H, W) or (K, 1, H, W)
-    fill = REMOVALS[removal](pixel_values)
-    return torch.where(mask, pixel_values.unsqueeze(1), fill.unsqueeze(1))
+    mask = spread(keep if keep.ndim == 3 else keep.unsqueeze(0), grid_size, *pixel_values.shape[-2:]).unsqueeze(2)
+    fill = REMOVALS[removal](pixel_values, mask)
+    return torch.where(mask, pixel_values.unsqueeze(1), fill)  # (B, K, C, H, W)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForZeroShotImageClassification, AutoProcessor
+from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from .parts import Backbone
@@ -34,9 +34,9 @@ def load_zero_shot(name: str, dtype: Any, trust_remote_code: bool) -> tuple[nn.M
     Raises:
         ValueError: If weights are missing.
     """
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config, _ = PreTrainedConfig.get_config_dict(name)  # as it is: a folder of an adapter has no model_type
     classes = MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
-    if not set(config.architectures or ()) & set(classes):
+    if not set(config.get("architectures") or ()) & set(classes):
         return None
     model, report = AutoModelForZeroShotImageClassification.from_pretrained(
         name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
