@@ -14,8 +14,15 @@ from ..patches import GridSize, as_pair
 _METHODS = {
     "tve": ".tve",
     "exact": ".exact",
+    "exact_sampled": ".exact_sampled",
     "random": ".random",
+    "centre": ".centre",
+    "raw_attention": ".raw_attention",
     "rollout": ".rollout",
+    "attention_cam": ".attention_cam",
+    "chefer_cam": ".chefer_cam",
+    "legrad": ".legrad",
+    "text_span": ".text_span",
     "grad_cam": ".grad_cam",
 }
 
@@ -36,7 +43,7 @@ def explain(
     """Explain a batch with one method.
 
     Args:
-        name: one of `available()`.
+        name: one of `available()`; "-" may stand for "_".
         classifier: the classifier to explain, in eval mode.
         pixel_values: (B, 3, H, W).
         class_idx: the class to explain in each image, (B,).
@@ -49,7 +56,8 @@ def explain(
     Raises:
         ValueError: If there is no such method, or it cannot serve this classifier.
     """
-    if name not in _METHODS:
+    path = _METHODS.get(name.replace("-", "_"))
+    if path is None:
         raise ValueError(f"Unknown method {name!r}; choose one of {', '.join(sorted(_METHODS))}.")
-    method = import_module(_METHODS[name], __name__).explain
+    method = import_module(path, __name__).explain
     return method(classifier, pixel_values, class_idx, as_pair(grid_size), **options)
