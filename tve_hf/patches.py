@@ -87,6 +87,29 @@ def sample_patches(batch_size: int, num_patches: int, k: int, generator: torch.G
     return torch.rand(batch_size, num_patches, generator=generator).argsort(dim=1)[:, :k]
 
 
+def _patch_size(pixels: Tensor, grid_size: GridSize) -> tuple[int, int]:
+    """Return the (height, width) of a patch of (..., H, W); raises ValueError if the grid does not divide it."""
+    rows, columns = as_pair(grid_size)
+    height, width = pixels.shape[-2:]
+    if height % rows or width % columns:
+        raise ValueError(
+            f"A grid of {rows} x {columns} patches does not divide an image of {height} x {width} pixels; "
+            "choose a grid whose sides divide the image's."
+        )
+    return height // rows, width // columns
+
+
+def patch_means(pixels: Tensor, grid_size: GridSize) -> Tensor:
+    """Average over the pixels of each patch, (..., H, W) -> (..., rows, cols).
+
+    Raises:
+        ValueError: If the grid does not divide the image.
+    """
+    patch_height, patch_width = _patch_size(pixels, grid_size)
+    rows, columns = as_pair(grid_size)
+    return pixels.unflatten(-1, (columns, patch_width)).unflatten(-3, (rows, patch_height)).mean((-3, -1))
+
+
 def _blurred(pixel_values: Tensor) -> Tensor:
     """Gaussian blur with a standard deviation of a tenth of the shorter side; the border is extended."""
     sigma = min(pixel_values.shape[-2:]) / 10
@@ -129,15 +152,9 @@ def mask_patches(pixel_values: Tensor, keep: Tensor, grid_size: GridSize, remova
             f"Patches are masked in images (B, C, H, W), but pixel_values has shape {tuple(pixel_values.shape)}; "
             "pass images, and a classifier that takes them."
         )
-    rows, columns = as_pair(grid_size)
-    height, width = pixel_values.shape[-2:]
-    if height % rows or width % columns:
-        raise ValueError(
-            f"A grid of {rows} x {columns} patches does not divide an image of {height} x {width} pixels; "
-            "choose a grid whose sides divide the image's."
-        )
-    mask = keep.unflatten(-1, (rows, columns))
-    mask = mask.repeat_interleave(height // rows, dim=-2).repeat_interleave(width // columns, dim=-1)
+    patch_height, patch_width = _patch_size(pixel_values, grid_size)
+    mask = keep.unflatten(-1, as_pair(grid_size))
+    mask = mask.repeat_interleave(patch_height, dim=-2).repeat_interleave(patch_width, dim=-1)
     mask = mask.unsqueeze(-3)  # (B, K, 1, H, W) or (K, 1, H, W)
     fill = REMOVALS[removal](pixel_values)
     return torch.where(mask, pixel_values.unsqueeze(1), fill.unsqueeze(1))

@@ -24,6 +24,14 @@ _METHODS = {
     "legrad": ".legrad",
     "text_span": ".text_span",
     "grad_cam": ".grad_cam",
+    "rise": ".rise",
+    "occlusion": ".occlusion",
+    "lime": ".lime",
+    "kernel_shap": ".kernel_shap",
+    "saliency": ".saliency",
+    "ig": ".ig",
+    "grad_shap": ".grad_shap",
+    "deep_lift": ".deep_lift",
 }
 
 

@@ -1,13 +1,11 @@
-"""Attention maps of unmodified classes, read by hooks where the model computes them, inside the graph.
+"""Where an unmodified classifier attends, found without knowing its class, and its attention in one pass.
 
-Nothing is known by name. A module attends if it returns, beside its output, weights (B, heads, queries, keys); its
-block is the member of a list that it stands in; an attentional pooler is one whose weights are not square. What the
-embedding is read from is found by its gradient.
+The block of an attention module is the member of a list that it stands in; an attentional pooler is one whose weights
+are not square. Which tokens the embedding is read from is found by its gradient.
 """
 
 import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -15,13 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from ..classifiers import SplitClassifier
 from ..parts import SplitClassifierOutput
 from ..patches import token_grid
 from ..splitting import first_tensor, hooked
 from ._gradients import differentiable
+from ._weights import Recorder, eager_attention
 
 
 @dataclass(frozen=True)
@@ -67,66 +65,6 @@ class Attended:
     pooled: Tensor | None  # (B, heads, queries, T)
 
 
-def _configs(model: nn.Module) -> list[PreTrainedConfig]:
-    """All configs that any module of the model holds, and those inside them, once each."""
-    waiting = [v for module in model.modules() for v in vars(module).values() if isinstance(v, PreTrainedConfig)]
-    found: dict[int, PreTrainedConfig] = {}
-    while waiting:
-        config = waiting.pop()
-        if id(config) not in found:
-            found[id(config)] = config
-            waiting += [v for v in vars(config).values() if isinstance(v, PreTrainedConfig)]
-    return list(found.values())
-
-
-@contextmanager
-def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Compute attention weights explicitly inside the block: the fused kernels never hold them.
-
-    Every config is set and restored by itself: `set_attn_implementation` misses configs that only a submodule keeps,
-    and overwrites differences between them.
-    """
-    configs = _configs(model)
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation_internal = "eager"  # the property would recurse into the configs inside
-        yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
-
-
-def _explicit_attention(module: nn.MultiheadAttention, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | None:
-    """Run torch's attention again with weights that its output depends on; its own are a copy beside the graph."""
-    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    if module.bias_k is not None or module.add_zero_attn or given["value"].ndim != 3:
-        return None
-    given |= {"need_weights": True, "average_attn_weights": False}
-    weights = module.forward(**given)[1]  # (B, heads, Q, T)
-    value = given["value"] if module.batch_first else given["value"].transpose(0, 1)
-    weight = module.v_proj_weight if module.in_proj_weight is None else module.in_proj_weight.chunk(3)[2]
-    bias = None if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[2]
-    value = F.linear(value, weight, bias).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
-    mixed = (weights @ value).transpose(1, 2).flatten(2)
-    output = F.linear(mixed, module.out_proj.weight, module.out_proj.bias)
-    return output if module.batch_first else output.transpose(0, 1), weights
-
-
-def _record(module: nn.Module, name: str, seen: list[tuple[str, Tensor]]) -> Any:
-    """Hook a module so that the weights it returns are appended to `seen`; the innermost module's name counts."""
-
-    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if isinstance(module, nn.MultiheadAttention):
-            output = _explicit_attention(module, args, kwargs) or output
-        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        if isinstance(weights, Tensor) and weights.ndim == 4 and not any(weights is known for _, known in seen):
-            seen.append((name, weights))
-        return output
-
-    return module.register_forward_hook(record, with_kwargs=True)
-
-
 def replace_first(output: Any, tensor: Tensor) -> Any:
     """A module's output with its first tensor replaced."""
     if isinstance(output, Tensor):
@@ -139,14 +77,52 @@ def replace_first(output: Any, tensor: Tensor) -> Any:
 def attend(classifier: SplitClassifier, pixel_values: Tensor, layout: Layout, hooks: Iterable[Any] = ()) -> Attended:
     """Run the classifier once and return its attention; `hooks` are active meanwhile, and removed after."""
     model = classifier.backbone.model
-    seen: list[tuple[str, Tensor]] = []
+    recorder = Recorder()
     names = [*layout.attentions, *([layout.pooler] if layout.pooler else [])]
-    own = (_record(model.get_submodule(name), name, seen) for name in names)
-    with eager_attention(model), hooked(chain(hooks, own)):
+    own = (recorder.hook(model.get_submodule(name), name) for name in names)
+    with eager_attention(model), hooked(chain(hooks, own)), recorder:
         output = classifier(pixel_values, **layout.inputs)
-    found = dict(seen)
+    found = dict(recorder.seen)
     pooled = found[layout.pooler] if layout.pooler else None
     return Attended(output, [found[name] for name in layout.attentions], pooled)
+
+
+Slopes = dict[int, Tensor]  # gradient of the embedding by a tensor, by the tensor's id
+
+
+def _observe(
+    classifier: SplitClassifier, pixel_values: Tensor, inputs: dict[str, bool]
+) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor], Slopes]:
+    """Run the classifier once; return all weights that reach its embedding, what members of lists return, and slopes.
+
+    The slopes are along a random direction: along (1, ..., 1) a LayerNorm would have none.
+    """
+    model = classifier.backbone.model
+    recorder = Recorder()
+    outputs: dict[str, Tensor] = {}
+
+    def hooks() -> Iterator[Any]:
+        for name, module in model.named_modules():
+            yield recorder.hook(module, name)
+            if name.rpartition(".")[2].isdigit():
+
+                def keep(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
+                    tokens = first_tensor(output)
+                    if tokens is not None and tokens.ndim == 3:
+                        outputs[name] = tokens
+
+                yield module.register_forward_hook(keep)
+
+    with differentiable(pixel_values) as x:
+        with eager_attention(model), hooked(hooks()), recorder:
+            embeddings = classifier(x, **inputs).embeddings
+        direction = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0)).to(embeddings)
+        wanted = [t for t in (*(weights for _, weights in recorder.seen), *outputs.values()) if t.requires_grad]
+        found: tuple[Tensor | None, ...] = ()
+        if wanted and embeddings.requires_grad:
+            found = torch.autograd.grad((embeddings * direction).sum(), wanted, allow_unused=True)
+    slopes = {id(tensor): slope for tensor, slope in zip(wanted, found, strict=False) if slope is not None}
+    return [(name, weights) for name, weights in recorder.seen if id(weights) in slopes], outputs, slopes
 
 
 def find_layout(classifier: SplitClassifier, pixel_values: Tensor, every_block: bool = True) -> Layout:
@@ -158,45 +134,21 @@ def find_layout(classifier: SplitClassifier, pixel_values: Tensor, every_block: 
     Raises:
         ValueError: If no module attends from all tokens to all tokens, or, under `every_block`, not every block does.
     """
-    model = classifier.backbone.model
-    seen: list[tuple[str, Tensor]] = []
-    outputs: dict[str, Tensor] = {}
-
-    def hooks() -> Iterator[Any]:
-        for name, module in model.named_modules():
-            yield _record(module, name, seen)
-            if name.rpartition(".")[2].isdigit():
-
-                def keep(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
-                    tokens = first_tensor(output)
-                    if tokens is not None and tokens.ndim == 3:
-                        outputs[name] = tokens
-
-                yield module.register_forward_hook(keep)
-
-    # Classes from before attention interfaces return weights, and compute them, only when told to.
-    takes = inspect.signature(model.forward).parameters
-    inputs = {"output_attentions": True} if "output_attentions" in takes else {}
-    with differentiable(pixel_values[:1]) as x:
-        with eager_attention(model), hooked(hooks()):
-            embeddings = classifier(x, **inputs).embeddings
-        # A random direction: along (1, ..., 1) a LayerNorm would have no gradient.
-        direction = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0)).to(embeddings)
-        wanted = [tensor for tensor in (*(w for _, w in seen), *outputs.values()) if tensor.requires_grad]
-        slopes: tuple[Tensor | None, ...] = ()
-        if wanted and embeddings.requires_grad:
-            slopes = torch.autograd.grad((embeddings * direction).sum(), wanted, allow_unused=True)
-    slope_of = {id(tensor): slope for tensor, slope in zip(wanted, slopes, strict=False)}
-    used = [(name, weights) for name, weights in seen if slope_of.get(id(weights)) is not None]
+    inputs: dict[str, bool] = {}
+    used, outputs, slopes = _observe(classifier, pixel_values[:1], inputs)
+    option = "output_attentions"  # without which some older classes return no weights
+    if not used and option in inspect.signature(classifier.backbone.model.forward).parameters:
+        inputs = {option: True}
+        used, outputs, slopes = _observe(classifier, pixel_values[:1], inputs)
     maps = [(name, weights) for name, weights in used if weights.shape[-1] == weights.shape[-2]]
-    poolers = [(name, weights) for name, weights in used if weights.shape[-1] != weights.shape[-2]]
+    poolers = [name for name, weights in used if weights.shape[-1] != weights.shape[-2]]
 
     num_tokens = maps[-1][1].shape[-1] if maps else 0
     maps = maps if every_block else maps[-1:]
     blocks = [_block_of(name, outputs, num_tokens) for name, _ in maps]
     grid = token_grid(num_tokens, *pixel_values.shape[-2:])
     whole = all(len(weights) == 1 and weights.shape[-1] == num_tokens for _, weights in maps)
-    slope = slope_of.get(id(outputs[blocks[-1]])) if blocks and blocks[-1] else None
+    slope = slopes.get(id(outputs[blocks[-1]])) if blocks and blocks[-1] else None
     if grid is None or not whole or None in blocks or len({*blocks}) < len(blocks) or slope is None:
         raise ValueError(
             f"{classifier.name} has no attention of a class token to all patches, or among them, "
@@ -208,7 +160,7 @@ def find_layout(classifier: SplitClassifier, pixel_values: Tensor, every_block: 
     return Layout(
         attentions=tuple(name for name, _ in maps),
         blocks=tuple(block for block in blocks if block),
-        pooler=poolers[-1][0] if poolers else None,
+        pooler=poolers[-1] if poolers else None,
         prefix=prefix,
         rows=rows,
         columns=columns,

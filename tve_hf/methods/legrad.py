@@ -98,6 +98,8 @@ def _sensitivity(
                 return (), given | dict.fromkeys(("key", "value"), torch.cat(states))
 
             pooler = model.get_submodule(layout.pooler)
+            if not isinstance(pooler, nn.MultiheadAttention):
+                raise ValueError(f"{classifier.name} has a pooler that upstream=True cannot serve; leave it out.")
             yield pooler.register_forward_pre_hook(without_norm, with_kwargs=True)
 
     with differentiable(pixel_values) as x:
