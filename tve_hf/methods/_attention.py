@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..classifiers import SplitClassifier
-from ..parts import SplitClassifierOutput
 from ..patches import token_grid
 from ..splitting import first_tensor, hooked
 from ._gradients import differentiable
@@ -58,9 +57,10 @@ class Layout:
 
 @dataclass
 class Attended:
-    """One pass: the classifier's output, the attention of its blocks (B, heads, T, T), and of its pooler."""
+    """One pass: logits (B, C), embeddings (B, D), and the attention of blocks (B, heads, T, T) and of a pooler."""
 
-    output: SplitClassifierOutput
+    logits: Tensor
+    embeddings: Tensor
     maps: list[Tensor]
     pooled: Tensor | None  # (B, heads, queries, T)
 
@@ -84,7 +84,7 @@ def attend(classifier: SplitClassifier, pixel_values: Tensor, layout: Layout, ho
         output = classifier(pixel_values, **layout.inputs)
     found = dict(recorder.seen)
     pooled = found[layout.pooler] if layout.pooler else None
-    return Attended(output, [found[name] for name in layout.attentions], pooled)
+    return Attended(output.logits, output.embeddings, [found[name] for name in layout.attentions], pooled)
 
 
 Slopes = dict[int, Tensor]  # gradient of the embedding by a tensor, by the tensor's id

@@ -53,7 +53,8 @@ def _explicit_attention(module: nn.MultiheadAttention, args: tuple, kwargs: dict
     if module.bias_k is not None or module.add_zero_attn or given["value"].ndim != 3:
         return None
     given |= {"need_weights": True, "average_attn_weights": False}
-    weights = module.forward(**given)[1]  # (B, heads, Q, T)
+    _, weights = module.forward(**given)  # (B, heads, Q, T)
+    assert weights is not None
     value = given["value"] if module.batch_first else given["value"].transpose(0, 1)
     weight = module.v_proj_weight if module.in_proj_weight is None else module.in_proj_weight.chunk(3)[2]
     bias = None if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[2]

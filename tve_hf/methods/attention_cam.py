@@ -1,7 +1,7 @@
 """AttentionCAM: Grad-CAM with the last attention map of each head as a channel.
 
 As in LeGrad's comparison (arXiv 2404.03214) and, under the name of GradCAM, in Chefer et al. (arXiv 2012.09838), whose
-code averages a head's gradient over the class token's row and sets negative scores to 0; here they keep their sign.
+code (MIT licence) averages a head's gradient over the class token's row and sets negative scores to 0; here they keep their sign.
 """
 
 import torch
@@ -30,7 +30,7 @@ def explain(
     with differentiable(pixel_values) as x:
         attended = attend(classifier, x, layout)
         attention = attended.maps[-1] if attended.pooled is None else attended.pooled
-        (slope,) = torch.autograd.grad(class_evidence(attended.output.logits, class_idx), attention)
+        (slope,) = torch.autograd.grad(class_evidence(attended.logits, class_idx), attention)
     queries = list(layout.queries) if attended.pooled is None else slice(None)
     rows, slopes = (t.detach().float()[:, :, queries] for t in (attention, slope))  # (B, heads, Q, T)
     weights = slopes[..., layout.prefix :].mean((2, 3)).unsqueeze(-1)  # (B, heads, 1)

@@ -1,4 +1,7 @@
-"""CheferCAM: generic attention explainability (Chefer, Gur & Wolf, arXiv 2103.15679), self-attention and decoder."""
+"""CheferCAM: generic attention explainability (Chefer, Gur & Wolf, arXiv 2103.15679), self-attention and decoder.
+
+Written from the paper; the authors' code (hila-chefer/Transformer-MM-Explainability, MIT licence) tells the defaults.
+"""
 
 import torch
 from torch import Tensor
@@ -39,7 +42,7 @@ def explain(
     with differentiable(pixel_values) as x:
         attended = attend(classifier, x, layout)
         used = attended.maps[start_layer:] + ([] if attended.pooled is None else [attended.pooled])
-        slopes = torch.autograd.grad(class_evidence(attended.output.logits, class_idx), used)
+        slopes = torch.autograd.grad(class_evidence(attended.logits, class_idx), used)
     steps = [(a.detach().float() * slope.float()).relu().mean(1) for a, slope in zip(used, slopes, strict=True)]
     pooled = None if attended.pooled is None else steps.pop()
     relevance = torch.eye(steps[0].shape[-1], device=steps[0].device).expand_as(steps[0])

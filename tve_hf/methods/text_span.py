@@ -1,6 +1,7 @@
 """TextSpan's map: what each image token adds to the class by attention alone (Gandelsman et al., arXiv 2310.05916).
 
-The greedy basis of texts that the paper is named for takes no part in the map.
+Written from the paper. The greedy basis of texts that its code is named for takes no part in the map, which the
+authors' code sums over all layers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,12 +60,10 @@ def explain(
 
     with differentiable(pixel_values) as x:
         attended = attend(classifier, x, layout, hooks())
-        embeddings = attended.output.embeddings
-        assert embeddings is not None
-        weight = _head_weight(classifier, embeddings.detach())  # (B, C, D)
+        weight = _head_weight(classifier, attended.embeddings.detach())  # (B, C, D)
         direction = weight[torch.arange(len(x)), class_idx] - weight.mean(1)
         maps = [attended.maps[index] for index in sorted({layer % count for layer in chosen})]
-        slopes = torch.autograd.grad((embeddings * direction).sum(), maps, allow_unused=True)
+        slopes = torch.autograd.grad((attended.embeddings * direction).sum(), maps, allow_unused=True)
     shares = [
         (a.detach() * slope).float().sum((1, 2)) for a, slope in zip(maps, slopes, strict=True) if slope is not None
     ]
