@@ -303,7 +303,7 @@ SLOW_METHODS = {
 
 def _assert_same(scores: Tensor, expected: Tensor) -> None:
     assert expected.std() > 0
-    torch.testing.assert_close(scores, expected.detach(), rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(scores, expected.detach(), rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", SLOW)

@@ -1,7 +1,8 @@
 """AttentionCAM: Grad-CAM with the last attention map of each head as a channel.
 
-As in LeGrad's comparison (arXiv 2404.03214) and, under the name of GradCAM, in Chefer et al. (arXiv 2012.09838), whose
-code (MIT licence) averages a head's gradient over the class token's row and sets negative scores to 0; here they keep their sign.
+As in LeGrad's comparison (arXiv 2404.03214) and, under the name of GradCAM, in Chefer et al. (arXiv 2012.09838). Their
+code (MIT licence) averages a head's gradient over the class token's row, as is done here, and sets negative scores to
+0, which is left to drawing.
 """
 
 import torch
