@@ -1,7 +1,7 @@
 """Where an unmodified classifier attends, found without knowing its class, and its attention in one pass.
 
-The block of an attention module is the member of a list that it stands in; an attentional pooler is one whose weights
-are not square. Which tokens the embedding is read from is found by its gradient.
+The block of an attention module is the member of a list that it stands in; an attentional pooler comes after the last
+block, with queries that are none of its tokens. Which tokens the embedding is read from is found by its gradient.
 """
 
 import inspect
@@ -140,14 +140,16 @@ def find_layout(classifier: SplitClassifier, pixel_values: Tensor, every_block: 
     if not used and option in inspect.signature(classifier.backbone.model.forward).parameters:
         inputs = {option: True}
         used, outputs, slopes = _observe(classifier, pixel_values[:1], inputs)
-    maps = [(name, weights) for name, weights in used if weights.shape[-1] == weights.shape[-2]]
-    poolers = [name for name, weights in used if weights.shape[-1] != weights.shape[-2]]
-
-    num_tokens = maps[-1][1].shape[-1] if maps else 0
-    maps = maps if every_block else maps[-1:]
+    is_pooler = len(used) > 1 and used[-1][1].shape[-1] != used[-1][1].shape[-2]
+    pooler = used.pop() if is_pooler else None
+    num_tokens = used[-1][1].shape[-1] if used else 0
+    maps = used if every_block else used[-1:]
     blocks = [_block_of(name, outputs, num_tokens) for name, _ in maps]
     grid = token_grid(num_tokens, *pixel_values.shape[-2:])
-    whole = all(len(weights) == 1 and weights.shape[-1] == num_tokens for _, weights in maps)
+    whole = all(len(weights) == 1 and weights.shape[-2:] == (num_tokens, num_tokens) for _, weights in maps)
+    # Fewer queries than keys: the tokens after it are not patches, but summaries of them.
+    whole = whole and all(weights.shape[-2] >= weights.shape[-1] for _, weights in used)
+    whole = whole and (pooler is None or pooler[1].shape[-1] == num_tokens)
     slope = slopes.get(id(outputs[blocks[-1]])) if blocks and blocks[-1] else None
     if grid is None or not whole or None in blocks or len({*blocks}) < len(blocks) or slope is None:
         raise ValueError(
@@ -160,7 +162,7 @@ def find_layout(classifier: SplitClassifier, pixel_values: Tensor, every_block: 
     return Layout(
         attentions=tuple(name for name, _ in maps),
         blocks=tuple(block for block in blocks if block),
-        pooler=poolers[-1] if poolers else None,
+        pooler=pooler[0] if pooler else None,
         prefix=prefix,
         rows=rows,
         columns=columns,

@@ -77,6 +77,6 @@ def explain(
         worst = (residual / change.abs()).max().item()
         raise ValueError(
             f"DeepLIFT's scores of {classifier.name} miss the change of the logit by {worst:.0%}: captum has no rule "
-            "for some of its nonlinearities, such as GELU, softmax or LayerNorm; use another method, such as ig."
+            "for some of its nonlinearities, such as ReLU6, GELU or LayerNorm; use another method, such as ig."
         )
     return patch_sums(multipliers * pixel_values if multiply_by_inputs else multipliers, grid_size)
