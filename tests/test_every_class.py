@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from transformers.models.dinat import modeling_dinat
 from untouched import left_as_found
 
+from tve_hf import methods
 from tve_hf.classifiers import split_classifier
 
 NUM_LABELS = 5
@@ -138,6 +139,30 @@ EMBEDDING_DIMS = {
     "PerceiverForImageClassificationLearned": 32,  # of one query
 }
 
+# Whose last block attends among all tokens, and those of which every block does.
+ATTENDS_LAST = {
+    "DonutSwinForImageClassification",
+    "PvtForImageClassification",
+    "PvtV2ForImageClassification",
+    "SegformerForImageClassification",
+    "SwinForImageClassification",
+    "Swinv2ForImageClassification",
+}
+ATTENDS = {
+    "BeitForImageClassification",
+    "CLIPForImageClassification",
+    "Data2VecVisionForImageClassification",
+    "DeiTForImageClassification",
+    "DeiTForImageClassificationWithTeacher",
+    "Dinov2ForImageClassification",
+    "Dinov2WithRegistersForImageClassification",
+    "IJepaForImageClassification",
+    "MetaClip2ForImageClassification",
+    "SiglipForImageClassification",
+    "ViTForImageClassification",
+    "ViTMSNForImageClassification",
+}
+
 
 def _neighborhood_attention(self: nn.Module, hidden_states: Tensor, output_attentions: bool = False) -> tuple:
     """Stand in for the attention of NATTEN, which is compiled for each machine: the mean over 3 x 3 values."""
@@ -257,3 +282,19 @@ def test_two_heads_are_averaged_and_both_left_out_of_the_fingerprint(make, name)
         for head in other.head.heads:
             head.weight.add_(1)
     assert other.fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in {*REFUSED, "Siglip2ForImageClassification"}])
+def test_attention_methods_serve_a_class_or_say_that_it_does_not_attend(make, name) -> None:
+    case = make(name)
+    classifier = split_classifier(case.model, case.processor)
+    pixel_values = case.inputs(2)["pixel_values"]
+    for method, served in {"attention_cam": ATTENDS | ATTENDS_LAST, "legrad": ATTENDS}.items():
+        with left_as_found(case.model):
+            if name in served:
+                scores = methods.explain(method, classifier, pixel_values, torch.tensor([1, 3]), 4)
+                assert torch.isfinite(scores).all()
+                assert (scores.flatten(1).std(1) > 0).all()
+            else:
+                with pytest.raises(ValueError, match="block, which this method reads; use another"):
+                    methods.explain(method, classifier, pixel_values, torch.tensor([1, 3]), 4)

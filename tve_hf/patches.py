@@ -115,20 +115,37 @@ REMOVALS: dict[str, Removal] = {"zero": zero, "mean": mean, "blur": blur, "road"
 TOKEN_DROP = "token_drop"
 
 
-def spread(keep: Tensor, grid_size: GridSize, height: int, width: int, unit: str = "pixels") -> Tensor:
-    """Spread a mask of patches, (..., N), over the pixels or tokens of an image, (..., height, width).
-
-    Raises:
-        ValueError: If the grid does not divide the image.
-    """
+def patch_size(grid_size: GridSize, height: int, width: int, unit: str = "pixels") -> tuple[int, int]:
+    """Return the (height, width) of a patch of an image; raises ValueError if the grid does not divide it."""
     rows, columns = as_pair(grid_size)
     if height % rows or width % columns:
         raise ValueError(
             f"A grid of {rows} x {columns} patches does not divide an image of {height} x {width} {unit}; "
             "choose a grid whose sides divide the image's."
         )
-    mask = keep.unflatten(-1, (rows, columns))
-    return mask.repeat_interleave(height // rows, dim=-2).repeat_interleave(width // columns, dim=-1)
+    return height // rows, width // columns
+
+
+def patch_means(pixels: Tensor, grid_size: GridSize) -> Tensor:
+    """Average over the pixels of each patch, (..., H, W) -> (..., rows, cols).
+
+    Raises:
+        ValueError: If the grid does not divide the image.
+    """
+    patch_height, patch_width = patch_size(grid_size, *pixels.shape[-2:])
+    rows, columns = as_pair(grid_size)
+    return pixels.unflatten(-1, (columns, patch_width)).unflatten(-3, (rows, patch_height)).mean((-3, -1))
+
+
+def spread(keep: Tensor, grid_size: GridSize, height: int, width: int, unit: str = "pixels") -> Tensor:
+    """Spread a mask of patches, (..., N), over the pixels or tokens of an image, (..., height, width).
+
+    Raises:
+        ValueError: If the grid does not divide the image.
+    """
+    patch_height, patch_width = patch_size(grid_size, height, width, unit)
+    mask = keep.unflatten(-1, as_pair(grid_size))
+    return mask.repeat_interleave(patch_height, dim=-2).repeat_interleave(patch_width, dim=-1)
 
 
 def _mask_rows(

@@ -16,9 +16,24 @@ from ..patches import GridSize, as_pair
 _METHODS = {
     "tve": ".tve",
     "exact": ".exact",
+    "exact_sampled": ".exact_sampled",
     "random": ".random",
+    "centre": ".centre",
+    "raw_attention": ".raw_attention",
     "rollout": ".rollout",
+    "attention_cam": ".attention_cam",
+    "chefer_cam": ".chefer_cam",
+    "legrad": ".legrad",
+    "text_span": ".text_span",
     "grad_cam": ".grad_cam",
+    "rise": ".rise",
+    "occlusion": ".occlusion",
+    "lime": ".lime",
+    "kernel_shap": ".kernel_shap",
+    "saliency": ".saliency",
+    "ig": ".ig",
+    "grad_shap": ".grad_shap",
+    "deep_lift": ".deep_lift",
 }
 
 
@@ -29,9 +44,10 @@ def available() -> set[str]:
 
 def load(name: str) -> Callable[..., Tensor]:
     """Return a method's own function; raises ValueError for an unknown name."""
-    if name not in _METHODS:
+    path = _METHODS.get(name.replace("-", "_"))
+    if path is None:
         raise ValueError(f"Unknown method {name!r}; choose one of {', '.join(sorted(_METHODS))}.")
-    return import_module(_METHODS[name], __name__).explain
+    return import_module(path, __name__).explain
 
 
 def explain(
@@ -45,7 +61,7 @@ def explain(
     """Explain a batch with one method.
 
     Args:
-        name: one of `available()`.
+        name: one of `available()`; "-" may stand for "_".
         classifier: the classifier to explain, in eval mode.
         pixel_values: (B, 3, H, W).
         class_idx: the class to explain in each image, (B,).

@@ -1,68 +1,181 @@
-"""Attention maps of unmodified transformers classes, read by hooks under eager attention."""
+"""Where an unmodified classifier attends, found without knowing its class, and its attention in one pass.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+The block of an attention module is the member of a list that it stands in; an attentional pooler comes after the last
+block, with queries that are none of its tokens. Which tokens the embedding is read from is found by its gradient.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..classifiers import SplitClassifier
 from ..patches import token_grid
+from ..splitting import first_tensor, hooked
+from ._gradients import differentiable
+from ._weights import Recorder, eager_attention
 
 
-@contextmanager
-def _eager_attention(model: Any) -> Iterator[None]:
-    """Compute attention weights explicitly inside the block: the fused kernels never hold them."""
-    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if before is None:
-        yield
-        return
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+@dataclass(frozen=True)
+class Layout:
+    """Where a classifier attends.
+
+    Args:
+        attentions: names of the attention modules of its blocks, in order; only the last unless all were asked for.
+        blocks: names of those blocks.
+        pooler: name of the attentional pooler that makes the embedding, if one does.
+        prefix: tokens before those of the patches.
+        rows, columns: of the patch tokens.
+        queries: the tokens whose rows of attention count: the prefix tokens that the embedding is read from, such as
+            the class token and, beside it, one of distillation; where there are none, the tokens that are pooled.
+        inputs: what the model has to be given for its modules to return weights.
+    """
+
+    attentions: tuple[str, ...]
+    blocks: tuple[str, ...]
+    pooler: str | None
+    prefix: int
+    rows: int
+    columns: int
+    queries: tuple[int, ...]
+    inputs: dict[str, bool]
+
+    def query_rows(self, attention: Tensor) -> Tensor:
+        """Mean of the rows of `queries`, (B, T, T) -> (B, T)."""
+        return attention[:, list(self.queries)].mean(1)
+
+    def on_grid(self, values: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """Values of tokens on the grid, bilinearly resampled, (B, T) -> (B, rows, cols)."""
+        patches = values[:, self.prefix :].unflatten(1, (1, self.rows, self.columns))
+        return F.interpolate(patches.float(), size=grid_size, mode="bilinear", align_corners=False).squeeze(1)
 
 
-def attention_maps(classifier: SplitClassifier, pixel_values: Tensor) -> list[Tensor]:
-    """Run the classifier once and return the attention of its blocks, in order, (B, heads, T, T) each.
+@dataclass
+class Attended:
+    """One pass: logits (B, C), embeddings (B, D), and the attention of blocks (B, heads, T, T) and of a pooler."""
 
-    An attention module is recognised by what it returns: beside its output, weights over its own tokens.
+    logits: Tensor
+    embeddings: Tensor
+    maps: list[Tensor]
+    pooled: Tensor | None  # (B, heads, queries, T)
 
-    Raises:
-        ValueError: If no module returns such weights for all T tokens of the images.
+
+def replace_first(output: Any, tensor: Tensor) -> Any:
+    """A module's output with its first tensor replaced."""
+    if isinstance(output, Tensor):
+        return tensor
+    if type(output) is tuple:
+        return (tensor, *output[1:])
+    raise ValueError(f"A block returns {type(output).__name__}, not a tensor or tuple; this method cannot serve it.")
+
+
+def attend(classifier: SplitClassifier, pixel_values: Tensor, layout: Layout, hooks: Iterable[Any] = ()) -> Attended:
+    """Run the classifier once and return its attention; `hooks` are active meanwhile, and removed after."""
+    model = classifier.backbone.model
+    recorder = Recorder()
+    names = [*layout.attentions, *([layout.pooler] if layout.pooler else [])]
+    own = (recorder.hook(model.get_submodule(name), name) for name in names)
+    with eager_attention(model), hooked(chain(hooks, own)), recorder:
+        output = classifier(pixel_values, **layout.inputs)
+    found = dict(recorder.seen)
+    pooled = found[layout.pooler] if layout.pooler else None
+    return Attended(output.logits, output.embeddings, [found[name] for name in layout.attentions], pooled)
+
+
+Slopes = dict[int, Tensor]  # gradient of the embedding by a tensor, by the tensor's id
+
+
+def _observe(
+    classifier: SplitClassifier, pixel_values: Tensor, inputs: dict[str, bool]
+) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor], Slopes]:
+    """Run the classifier once; return all weights that reach its embedding, what members of lists return, and slopes.
+
+    The slopes are along a random direction: along (1, ..., 1) a LayerNorm would have none.
     """
     model = classifier.backbone.model
-    maps: list[Tensor] = []
+    recorder = Recorder()
+    outputs: dict[str, Tensor] = {}
 
-    def record(module: nn.Module, args: tuple, output: object) -> None:
-        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        if isinstance(weights, Tensor) and weights.ndim == 4 and weights.shape[-1] == weights.shape[-2]:
-            if len(weights) == len(pixel_values) and not any(weights is known for known in maps):
-                maps.append(weights)
+    def hooks() -> Iterator[Any]:
+        for name, module in model.named_modules():
+            yield recorder.hook(module, name)
+            if name.rpartition(".")[2].isdigit():
 
-    handles = [module.register_forward_hook(record) for module in model.modules()]
-    try:
-        with _eager_attention(model):
-            classifier(pixel_values)
-    finally:
-        for handle in handles:
-            handle.remove()
-    grid = token_grid(maps[0].shape[-1], *pixel_values.shape[-2:]) if maps else None
-    if grid is None or grid[0] == 0 or any(m.shape[-1] != maps[0].shape[-1] for m in maps):
+                def keep(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
+                    tokens = first_tensor(output)
+                    if tokens is not None and tokens.ndim == 3:
+                        outputs[name] = tokens
+
+                yield module.register_forward_hook(keep)
+
+    with differentiable(pixel_values) as x:
+        with eager_attention(model), hooked(hooks()), recorder:
+            embeddings = classifier(x, **inputs).embeddings
+        direction = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0)).to(embeddings)
+        wanted = [t for t in (*(weights for _, weights in recorder.seen), *outputs.values()) if t.requires_grad]
+        found: tuple[Tensor | None, ...] = ()
+        if wanted and embeddings.requires_grad:
+            found = torch.autograd.grad((embeddings * direction).sum(), wanted, allow_unused=True)
+    slopes = {id(tensor): slope for tensor, slope in zip(wanted, found, strict=False) if slope is not None}
+    return [(name, weights) for name, weights in recorder.seen if id(weights) in slopes], outputs, slopes
+
+
+def find_layout(classifier: SplitClassifier, pixel_values: Tensor, every_block: bool = True) -> Layout:
+    """Find where a classifier attends, by a pass over the first image and the gradient of its embedding.
+
+    Args:
+        every_block: whether the method reads all blocks, and not only the last.
+
+    Raises:
+        ValueError: If no module attends from all tokens to all tokens, or, under `every_block`, not every block does.
+    """
+    inputs: dict[str, bool] = {}
+    used, outputs, slopes = _observe(classifier, pixel_values[:1], inputs)
+    option = "output_attentions"  # without which some older classes return no weights
+    if not used and option in inspect.signature(classifier.backbone.model.forward).parameters:
+        inputs = {option: True}
+        used, outputs, slopes = _observe(classifier, pixel_values[:1], inputs)
+    is_pooler = len(used) > 1 and used[-1][1].shape[-1] != used[-1][1].shape[-2]
+    pooler = used.pop() if is_pooler else None
+    num_tokens = used[-1][1].shape[-1] if used else 0
+    maps = used if every_block else used[-1:]
+    blocks = [_block_of(name, outputs, num_tokens) for name, _ in maps]
+    grid = token_grid(num_tokens, *pixel_values.shape[-2:])
+    whole = all(len(weights) == 1 and weights.shape[-2:] == (num_tokens, num_tokens) for _, weights in maps)
+    # Fewer queries than keys: the tokens after it are not patches, but summaries of them.
+    whole = whole and all(weights.shape[-2] >= weights.shape[-1] for _, weights in used)
+    whole = whole and (pooler is None or pooler[1].shape[-1] == num_tokens)
+    slope = slopes.get(id(outputs[blocks[-1]])) if blocks and blocks[-1] else None
+    if grid is None or not whole or None in blocks or len({*blocks}) < len(blocks) or slope is None:
         raise ValueError(
-            f"{classifier.name} has no attention of a class token to all patches in every block, which this method "
-            "reads; use another, such as tve, exact or grad_cam."
+            f"{classifier.name} has no attention of a class token to all patches, or among them, "
+            f"in {'every' if every_block else 'its last'} block, which this method reads; use another, such as tve, "
+            "exact or grad_cam."
         )
-    return maps
-
-
-def class_token_row(attention: Tensor, pixel_values: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """The class token's attention to the patches, (B, T, T) -> (B, rows, cols), resampled to the grid."""
-    grid = token_grid(attention.shape[-1], pixel_values.shape[-2], pixel_values.shape[-1])
-    if grid is None:
-        raise ValueError(f"{attention.shape[-1]} tokens hold no grid of an image of {tuple(pixel_values.shape[-2:])}.")
     prefix, rows, columns = grid
-    row = attention[:, 0, prefix:].unflatten(1, (1, rows, columns))
-    return F.interpolate(row, size=grid_size, mode="bilinear", align_corners=False).squeeze(1)
+    read = slope[0].abs().amax(-1).nonzero().flatten().tolist()
+    return Layout(
+        attentions=tuple(name for name, _ in maps),
+        blocks=tuple(block for block in blocks if block),
+        pooler=pooler[0] if pooler else None,
+        prefix=prefix,
+        rows=rows,
+        columns=columns,
+        queries=tuple([token for token in read if token < prefix] or read),
+        inputs=inputs,
+    )
+
+
+def _block_of(name: str, outputs: dict[str, Tensor], num_tokens: int) -> str | None:
+    """The innermost member of a list around an attention module that returns the tokens."""
+    around = name
+    while around:
+        if around in outputs and outputs[around].shape[1] == num_tokens:
+            return around
+        around = around.rpartition(".")[0]
+    return None

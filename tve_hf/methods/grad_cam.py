@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..classifiers import SplitClassifier
 from ..splitting import as_map, first_tensor, hooked
+from ._gradients import class_evidence, differentiable
 
 
 def explain(
@@ -28,7 +29,7 @@ def explain(
         scores (B, rows, cols), at least 0, resampled from the map to the grid.
 
     Raises:
-        ValueError: If no feature map has a gradient.
+        ValueError: If no feature map has a gradient, or under inference mode.
     """
     # Gradients are asked of the modules' own outputs: a map made of tokens is a view beside the way to the logits.
     names = classifier.backbone.feature_names
@@ -44,10 +45,10 @@ def explain(
 
             yield classifier.backbone.model.get_submodule(name).register_forward_hook(keep_output)
 
-    with torch.enable_grad(), hooked(hooks()):
-        logits = classifier(pixel_values.detach().requires_grad_()).logits
+    with differentiable(pixel_values) as x, hooked(hooks()):
+        logits = classifier(x).logits
         values = [outputs[name] for name in names][: layer + 1 or None]
-        evidence = logits.gather(1, class_idx.unsqueeze(1)).sum()
+        evidence = class_evidence(logits, class_idx)
         gradients: tuple[Tensor, ...] = ()
         if values:
             gradients = torch.autograd.grad(evidence, values, allow_unused=True, materialize_grads=True)

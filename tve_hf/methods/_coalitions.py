@@ -1,0 +1,42 @@
+"""LIME and KernelSHAP by captum: a linear model of the class's probability over which patches are kept."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..classifiers import SplitClassifier
+from ._captum import patch_numbers, seeded
+
+
+@torch.no_grad()
+def explain_images(
+    attribution: type,
+    classifier: SplitClassifier,
+    pixel_values: Tensor,
+    class_idx: Tensor,
+    grid_size: tuple[int, int],
+    n_samples: int,
+    seed: int,
+    chunk_size: int,
+    **options: Any,
+) -> Tensor:
+    """Run a method of captum image by image, which is how it works; the coefficients as scores (B, rows, cols)."""
+    numbers = patch_numbers(pixel_values, grid_size)
+    scores = []
+    for image, index in zip(pixel_values, class_idx.tolist(), strict=True):
+
+        def prob(masked: Tensor, index: int = index) -> Tensor:
+            return classifier.log_prob(classifier.embed(masked))[:, index].exp()
+
+        with seeded(seed):  # for each image, so that a batch gives what its images give alone
+            coefficients = attribution(prob, **options).attribute(
+                image.unsqueeze(0),
+                baselines=0,
+                feature_mask=numbers,
+                n_samples=n_samples,
+                perturbations_per_eval=chunk_size,
+                return_input_shape=False,
+            )
+        scores.append(coefficients.reshape(grid_size).float())
+    return torch.stack(scores).to(pixel_values.device)
