@@ -13,6 +13,7 @@ from .fingerprint import fingerprint
 from .parts import Backbone, Head, SplitClassifierOutput
 from .patches import GridSize, mask_patches
 from .splitting import check_inputs, differ, find_features, find_head, probe_like, trace
+from .weights import find_weights, open_source
 
 
 class SplitClassifier(nn.Module):
@@ -183,11 +184,15 @@ def split_classifier(
 
     Raises:
         ValueError: If the model is in train mode, reads text, or gives its logits by other ways than these.
+        OSError: If a named model is out of reach, damaged, or not in safetensors.
     """
     if not isinstance(model, nn.Module):
         name = os.fspath(model)
+        source = open_source(name)
+        source.file("preprocessor_config.json")
+        find_weights(source)
         image_processor = image_processor or AutoImageProcessor.from_pretrained(
-            name, trust_remote_code=trust_remote_code
+            name, trust_remote_code=trust_remote_code, **source.pinned
         )
         loaded, report = AutoModelForImageClassification.from_pretrained(
             name,
@@ -195,6 +200,7 @@ def split_classifier(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **source.pinned,
         )
         classifier = split_classifier(loaded, image_processor)
         prefixes = tuple(f"{part}." for part in classifier.backbone.head_names)

@@ -75,9 +75,16 @@ class Source:
         try:
             return _whole(self.name, Path(hf_hub_download(self.name, self._path(filename), **hub)))
         except Exception as error:
-            if isinstance(error, EntryNotFoundError) and (hub["local_files_only"] or not _is_local(error)):
+            if isinstance(error, EntryNotFoundError) and (
+                hub["local_files_only"] or not isinstance(error, LocalEntryNotFoundError)
+            ):
                 return None
-            raise told(error, self.name) from error
+            raise hub_error(error, self.name) from error
+
+    @property
+    def pinned(self) -> dict[str, Any]:
+        """Arguments that make `from_pretrained` read what was read here."""
+        return {key: self.hub[key] for key in ("revision", "local_files_only") if self.hub}
 
     def _path(self, filename: str) -> str:
         return f"{self.subfolder}/{filename}" if self.subfolder else filename
@@ -122,12 +129,10 @@ def open_source(
                     raise
                 local_files_only = True
         path = Path(
-            hf_hub_download(
-                name, config, **hub, local_files_only=local_files_only, force_download=force_download
-            )
+            hf_hub_download(name, config, **hub, local_files_only=local_files_only, force_download=force_download)
         )
     except Exception as error:
-        raise told(error, name, revision) from error
+        raise hub_error(error, name, revision) from error
     commit = _whole(name, path).parents[len(Path(config).parts) - 1].name
     hub["revision"] = ResolvedRevision(commit, revision, repo_id=name)
     return Source(name, subfolder, hub | {"local_files_only": local_files_only, "force_download": force_download})
@@ -175,7 +180,7 @@ def find_weights(source: Source, variant: str | None = None) -> list[Path]:
 
 def shapes_in(files: list[Path]) -> dict[str, tuple[int, ...]]:
     """Read the shapes of all tensors from the headers of safetensors files, without reading the tensors."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
@@ -207,9 +212,8 @@ def checked(model_class: Any, name: str | os.PathLike, kwargs: dict[str, Any]) -
     files = find_weights(source, kwargs.get("variant"))
     if not kwargs.get("ignore_mismatched_sizes"):
         _compare(source.name, _described(model_class, source.name, config), shapes_in(files))
-    pinned = {key: source.hub[key] for key in ("revision", "local_files_only") if source.hub}
     # What is forced down again has just come.
-    return kwargs | pinned | {"use_safetensors": True, "force_download": False}
+    return kwargs | source.pinned | {"use_safetensors": True, "force_download": False}
 
 
 def _config_of(model_class: Any, source: Source, kwargs: dict[str, Any]) -> PreTrainedConfig:
@@ -283,14 +287,10 @@ def _whole(name: str, path: Path) -> Path:
     return path
 
 
-def _is_local(error: Exception) -> bool:
-    return isinstance(error, LocalEntryNotFoundError)
-
-
-def told(error: Exception, name: str, revision: str | None = None) -> OSError:
+def hub_error(error: Exception, name: str, revision: str | None = None) -> OSError:
     """Say in one sentence what went wrong between here and the Hub, and what to do."""
-    if _is_local(error) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
+    while isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # "an error happened while", says the client
     hub = constants.ENDPOINT
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, HFValidationError):
@@ -314,7 +314,9 @@ def told(error: Exception, name: str, revision: str | None = None) -> OSError:
     if isinstance(error, HfHubHTTPError):
         return OSError(f"{hub} answered {status} for {name}; try again later.")
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
-        return OSError(f"{name} is neither a folder here nor in the cache, and the Hub may not be asked while offline.")
+        return OSError(
+            f"{name} is neither a folder here nor in the cache, and the Hub may not be asked while offline."
+        )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return OSError(
             errno.ENOSPC, f"No space is left for {name}; free some, or set HF_HOME to another disk", error.filename
@@ -326,4 +328,4 @@ def told(error: Exception, name: str, revision: str | None = None) -> OSError:
     return ConnectionError(f"The connection to {hub} for {name} failed ({error or type(error).__name__}); try again.")
 
 
-__all__ = ["checked", "find_weights", "open_source", "shapes_in", "told"]
+__all__ = ["checked", "find_weights", "hub_error", "open_source", "shapes_in"]
