@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hub_server import Hub
+from tiny import save_pair
 from torch import Tensor, nn
 from transformers import (
     BeitConfig,
@@ -289,3 +290,17 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         yield server
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a tiny classifier and its explainer, not to be changed."""
+    return save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def online(hub: Hub, pair: tuple[Path, Path]) -> Hub:
+    """That Hub, with the tiny classifier as org/vit and the explainer as org/tve."""
+    for name, folder in zip(("org/vit", "org/tve"), pair, strict=True):
+        hub.add(name, {path.name: path.read_bytes() for path in folder.iterdir()})
+    return hub

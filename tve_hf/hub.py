@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
-from transformers import AutoModel
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .model_card import read_json, render_card
 from .weights import find_weights, hub_error, open_source
@@ -133,10 +133,16 @@ def _checked_files(folder: Path) -> dict[str, Path]:
             for key in tensors.keys():
                 if not torch.isfinite(tensors.get_tensor(key)).all():
                     raise ValueError(f"{path} holds NaN or infinity in {key}; train it again before pushing it.")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kind = AutoModelForImageClassification if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING else AutoModel
     try:
-        AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+        _, report = kind.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     except RuntimeError as error:
-        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+        raise ValueError(f"{folder} cannot be loaded; its config.json does not fit its weights: {error}") from error
+    if report["missing_keys"]:
+        raise ValueError(f"{folder} lacks the weights {sorted(report['missing_keys'])[0]}; save it again.")
     index = sorted(folder.glob("model.safetensors.index.json")) if len(weights) > 1 else []
     return {path.name: path for path in [*(folder / name for name in FILES), *index, *weights]}
 
@@ -147,15 +153,16 @@ def _checked_card(folder: Path, results: list[Path], card: Path | None) -> str:
         model = str(read_json(path).get("settings", {}).get("model"))
         if Path(model).name != folder.resolve().name:
             raise ValueError(f"{path} is a report on {model}, not on {folder}; pass the reports of this checkpoint.")
-    rendered = str(render_card(folder.resolve(), results))
     own = folder / _CARD
     card = card or (own if own.is_file() else None)
     if card is None:
-        return rendered
+        return str(render_card(folder.resolve(), results))
     try:
         text = card.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The card {card} cannot be read ({error}); leave it out to render a new one.") from error
+    # The order of tasks in the card is free.
+    rendered = str(render_card(folder.resolve(), sorted(results, key=lambda path: text.find(path.stem))))
     lines, expected = text.strip().splitlines(), rendered.strip().splitlines()
     if lines != expected:
         pairs = zip([*lines, ""], [*expected, ""], strict=False)

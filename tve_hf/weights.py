@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import (
-    ResolvedRevision,
     constants,
     get_hf_file_metadata,
     hf_hub_download,
@@ -68,7 +67,7 @@ class Source:
         hub = self.hub
         # A commit never changes: what the cache knows of it, also that a file does not exist, is right.
         known = try_to_load_from_cache(
-            self.name, self._path(filename), cache_dir=hub["cache_dir"], revision=hub["revision"].resolved
+            self.name, self._path(filename), cache_dir=hub["cache_dir"], revision=hub["revision"]
         )
         if known is not None and not hub["force_download"]:
             return _whole(self.name, Path(known)) if isinstance(known, str) else None
@@ -133,8 +132,7 @@ def open_source(
         )
     except Exception as error:
         raise hub_error(error, name, revision) from error
-    commit = _whole(name, path).parents[len(Path(config).parts) - 1].name
-    hub["revision"] = ResolvedRevision(commit, revision, repo_id=name)
+    hub["revision"] = _whole(name, path).parents[len(Path(config).parts) - 1].name  # snapshots/<commit>/config.json
     return Source(name, subfolder, hub | {"local_files_only": local_files_only, "force_download": force_download})
 
 
@@ -274,13 +272,15 @@ def _whole(name: str, path: Path) -> Path:
         return path
     blob = path.parent / os.readlink(path)
     expected = blob.name
-    with open(path, "rb") as file:
-        if len(expected) == 64:
+    if re.fullmatch(r"[0-9a-f]{64}", expected):
+        with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        else:  # git's own hash, of a small file
-            content = file.read()
-            found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected) and found != expected:
+    elif re.fullmatch(r"[0-9a-f]{40}", expected):  # git's own, of a small file
+        content = path.read_bytes()
+        found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    else:
+        return path
+    if found != expected:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise OSError(f"{path.name} of {name} is damaged: its checksum is wrong. It was removed; try again.")
