@@ -285,6 +285,7 @@ assert type(model).__module__.startswith("transformers_modules.")
     assert {path.name for path in Path(tmp_path / "model").glob("*.py")} == {
         "configuration_tve.py",
         "modeling_tve.py",
+        "weights.py",
     }
 
 

@@ -192,6 +192,13 @@ def test_wrong_repositories_are_named(online, pair, tmp_path, capsys, model, par
     assert all(part in one_sentence(error) for part in parts)
 
 
+@pytest.mark.parametrize("load", [TVEExplainer.from_pretrained, split_classifier])
+def test_token_that_is_not_valid_is_said(online, monkeypatch, load):
+    monkeypatch.setenv("HF_TOKEN", "hf_outdated")
+    with pytest.raises(OSError, match="The token is not valid"):
+        load("org/vit")
+
+
 def test_wrong_revision_is_named(online):
     with pytest.raises(OSError, match="org/tve has no revision 'v9'"):
         TVEExplainer.from_pretrained("org/tve", revision="v9")

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .model_card import read_json, render_card
-from .weights import find_weights, hub_error, open_source
+from .weights import BAD_TOKEN, find_weights, hub_error, open_source
 
 # What a checkpoint consists of, beside its weights; its card comes on top.
 FILES = ("config.json", "preprocessor_config.json", "training.json")
@@ -124,10 +124,11 @@ def _checked_files(folder: Path) -> dict[str, Path]:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
         raise ValueError(f"{folder} holds {pickles[0]}, which may be a pickle and run code; remove it.")
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    source = open_source(folder)
+    missing = [name for name in FILES if source.file(name) is None]
     if missing:
         raise ValueError(f"{folder} has no {missing[0]}; pass a folder that a training command wrote.")
-    weights = find_weights(open_source(folder))
+    weights = find_weights(source)
     for path in weights:
         with safe_open(path, "pt") as tensors:
             for key in tensors.keys():
@@ -184,7 +185,7 @@ def _writable(api: HfApi, repo_id: str) -> str:
         ) from None
     except Exception as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
-            raise OSError("The token is not valid; log in again with `hf auth login`, or set HF_TOKEN.") from error
+            raise OSError(BAD_TOKEN) from error
         raise hub_error(error, repo_id) from error
     repo_id = repo_id if "/" in repo_id else f"{me['name']}/{repo_id}"
     validate_repo_id(repo_id)

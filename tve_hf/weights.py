@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+BAD_TOKEN = "The token is not valid; log in again with `hf auth login`, or set HF_TOKEN to another."
 # Settings in config.json that make transformers build or load something else than the files say.
 _DIVERTING = ("quantization_config", "transformers_weights", "fusion_config")
 
@@ -299,6 +300,12 @@ def hub_error(error: Exception, name: str, revision: str | None = None) -> OSErr
         return OSError(f"{name} is gated: ask for access at {hub}/{name}, then log in with `hf auth login`.")
     if isinstance(error, RevisionNotFoundError):
         return OSError(f"{name} has no revision {revision or 'main'!r}; choose a branch, tag or commit of it.")
+    if (
+        isinstance(error, HfHubHTTPError)
+        and status == 401
+        and "credentials" in error.response.headers.get("X-Error-Message", "")
+    ):
+        return OSError(BAD_TOKEN)
     if isinstance(error, RepositoryNotFoundError) or status == 401:
         return OSError(
             f"{name} is no folder here, and no repository at {hub} that you may read; check the name or, if it is "
