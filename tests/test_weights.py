@@ -70,6 +70,16 @@ def test_cache_serves_where_the_hub_is_gone(online, pair):
     assert online.waits.waited == []
 
 
+@pytest.mark.parametrize("way", ["offline", "local_files_only"])
+def test_what_is_not_in_the_cache_is_said_without_asking_the_hub(online, monkeypatch, way):
+    arguments = {"local_files_only": True} if way == "local_files_only" else {}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", way == "offline")
+    with pytest.raises(OSError, match="org/tve is neither a folder here nor in the cache") as error:
+        TVEExplainer.from_pretrained("org/tve", **arguments)
+    one_sentence(error)
+    assert online.requests == []
+
+
 def test_private_repositories_need_a_token_that_the_cdn_never_sees(online, pair, monkeypatch):
     online.users["hf_owner"] = User("org")
     for repo in online.repos.values():
@@ -106,9 +116,9 @@ FAULTS = {
     "body 429": (Fault(WEIGHTS_BODY, status=429, headers={"Retry-After": "7"}, times=9), "again in 7 seconds"),
     "body 500": (Fault(WEIGHTS_BODY, status=500, times=9), "answered 500 for org/tve"),
     "cut for good": (Fault(WEIGHTS_BODY, body="cut", times=99), "connection .* failed"),
-    "short": (Fault(WEIGHTS_BODY, body="short", times=9), "org/tve came down incomplete; try again"),
-    "wrong": (Fault(WEIGHTS_BODY, body="wrong", times=9), "model.safetensors of org/tve is damaged: its checksum"),
-    "wrong config": (Fault("GET .*config.json", body="wrong", times=9), "config.json of org/tve is damaged"),
+    "short": (Fault(WEIGHTS_BODY, body="short", times=9), "^org/tve came down incomplete; try again"),
+    "wrong": (Fault(WEIGHTS_BODY, body="wrong", times=9), "^model.safetensors of org/tve is damaged: its checksum"),
+    "wrong config": (Fault("GET .*config.json", body="wrong", times=9), "^config.json of org/tve is damaged"),
 }
 
 

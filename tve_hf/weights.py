@@ -73,13 +73,14 @@ class Source:
         if known is not None and not hub["force_download"]:
             return _whole(self.name, Path(known)) if isinstance(known, str) else None
         try:
-            return _whole(self.name, Path(hf_hub_download(self.name, self._path(filename), **hub)))
+            path = Path(hf_hub_download(self.name, self._path(filename), **hub))
         except Exception as error:
             if isinstance(error, EntryNotFoundError) and (
                 hub["local_files_only"] or not isinstance(error, LocalEntryNotFoundError)
             ):
                 return None
             raise hub_error(error, self.name) from error
+        return _whole(self.name, path)
 
     @property
     def pinned(self) -> dict[str, Any]:
