@@ -1,13 +1,16 @@
 """Tiny models with random weights that leave no architecture insensitive to its pixels, and the shared real ones."""
 
 import copy
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub_server import Hub
+from tiny import save_pair
 from torch import Tensor, nn
 from transformers import (
     BeitConfig,
@@ -241,3 +244,63 @@ def shared_models_dir() -> Path:
 def shared_data() -> Path:
     """Folder of real image sets."""
     return _shared("data")
+
+
+class Waits:
+    """A clock for the Hub's client, whose waits take no time but are written down."""
+
+    def __init__(self) -> None:
+        self.waited: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.waited.append(seconds)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub of this test's own, to which the real client talks, with an empty cache in `hub.cache`.
+
+    The client reads HF_ENDPOINT and the like when it is imported; this sets what it has read.
+    """
+    from huggingface_hub import constants, file_download, hf_api
+    from huggingface_hub.utils import _http
+    from transformers.utils import hub as transformers_hub
+
+    with Hub() as server:
+        server.waits = Waits()
+        server.cache = tmp_path / "hub-cache"
+        settings = {
+            "ENDPOINT": server.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(server.cache),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)
+        monkeypatch.setattr(transformers_hub, "_hf_api", None)
+        for module in (_http, file_download):
+            monkeypatch.setattr(module, "time", server.waits)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a tiny classifier and its explainer, not to be changed."""
+    return save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def online(hub: Hub, pair: tuple[Path, Path]) -> Hub:
+    """That Hub, with the tiny classifier as org/vit and the explainer as org/tve."""
+    for name, folder in zip(("org/vit", "org/tve"), pair, strict=True):
+        hub.add(name, {path.name: path.read_bytes() for path in folder.iterdir()})
+    return hub

@@ -193,7 +193,7 @@ def test_usage(capsys):
     assert out == "" and "'frobnicate'" in err and "explain" in err
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("explain", "pretrain", "evaluate", "card"))
+    assert all(command in out for command in ("explain", "pretrain", "evaluate", "card", "push"))
     with pytest.raises(SystemExit) as caught:
         main(["explain", "--no-such-option"])
     assert caught.value.code == 2

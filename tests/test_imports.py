@@ -25,6 +25,8 @@ LAYERS = {
     "plots": 0,
     "heads": 0,
     "wrapped": 0,
+    "weights": 0,
+    "loading": 0.5,
     "splitting": 0.5,
     "parts": 0.7,
     "cells": 0.7,
@@ -49,6 +51,7 @@ LAYERS = {
     "pretrain": 3,
     "benchmark": 3,
     "model_card": 3,
+    "hub": 3.5,
     "__init__": 4,
     "cli": 4.5,  # a user of the package's public names
 }
@@ -102,12 +105,13 @@ def test_no_file_imports_upwards(path) -> None:
             assert within or LAYERS[other] < LAYERS[own], f"{path.name}:{line} imports {name}"
 
 
-@pytest.mark.parametrize("name", ["configuration_tve", "modeling_tve"])
+@pytest.mark.parametrize("name", ["configuration_tve", "modeling_tve", "weights"])
 def test_the_model_can_be_copied_to_the_hub(name) -> None:
-    allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+    allowed = {"torch", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
     for imported, line in _imports(PACKAGE / f"{name}.py"):
         if imported.startswith("tve_hf."):
-            assert _layer_of_import(imported) in {"configuration_tve", "modeling_tve", "patches"}, f"line {line}"
+            copied = {"configuration_tve", "modeling_tve", "patches", "weights"}
+            assert _layer_of_import(imported) in copied, f"line {line}"
         else:
             assert imported.partition(".")[0] in allowed, f"line {line} imports {imported}"
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from transformers import BaseImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from tve_hf import SplitClassifier, TVEExplainer, split_classifier
@@ -61,3 +62,9 @@ def noise_image(seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
     """A coarse random picture, so that images differ after a resize too."""
     pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models hold the same bits."""
+    weights, others = one.state_dict(), other.state_dict()
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)

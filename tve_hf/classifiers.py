@@ -8,18 +8,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging
 
 from .fingerprint import fingerprint
 from .heads import BinaryHead, as_head, try_head
+from .loading import load_classifier
 from .parts import Backbone, Head, SplitClassifierOutput
 from .patches import TOKEN_DROP, GridSize, dividing_grid, mask_patches
 from .prompts import PromptHead, TextTower, check_prompts, no_text_tower
 from .splitting import check_inputs, differ, find_features, find_head, probe_like, trace
 from .token_drop import embed_without_tokens
 from .wrapped import is_compiled, is_dispatched, named_weights, placement, unwrapped
-from .zero_shot import load_zero_shot, split_towers, takes_prompts
+from .zero_shot import split_towers, takes_prompts
 
 logger = logging.get_logger(__name__)
 
@@ -319,34 +319,19 @@ def split_classifier(
 
     Raises:
         ValueError: If the model is in train mode, reads text, or gives its logits by other ways than these.
+        OSError: If a named model is out of reach, damaged, or not in safetensors.
     """
     if not isinstance(model, nn.Module):
         name = os.fspath(model)
-        zero_shot = load_zero_shot(name, dtype or "auto", trust_remote_code)
-        if zero_shot is not None:
-            loaded, processor = zero_shot
-            processor = image_processor or processor
-            return split_classifier(
-                loaded, processor, candidate_labels=candidate_labels, hypothesis_template=hypothesis_template
-            )
-        image_processor = image_processor or AutoImageProcessor.from_pretrained(
-            name, trust_remote_code=trust_remote_code
-        )
-        loaded, report = AutoModelForImageClassification.from_pretrained(
-            name,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        loaded, processor, missing = load_classifier(name, image_processor, dtype or "auto", trust_remote_code)
         classifier = split_classifier(
-            loaded, image_processor, candidate_labels=candidate_labels, hypothesis_template=hypothesis_template
+            loaded, processor, candidate_labels=candidate_labels, hypothesis_template=hypothesis_template
         )
         prefixes = tuple(f"{part}." for part in classifier.backbone.head_names)
-        untrained = [key for key in report["missing_keys"] if key.startswith(prefixes)]
+        untrained = [key for key in missing if key.startswith(prefixes)]
         if untrained:  # transformers has drawn them at random
             raise ValueError(
-                f"{name} has no trained head ({sorted(untrained)[0]} is missing): pass a model trained to classify."
+                f"{name} has no trained head ({untrained[0]} is missing): pass a model trained to classify."
             )
         return classifier
     if is_compiled(model):

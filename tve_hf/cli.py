@@ -1,4 +1,4 @@
-"""The command line: tve-hf explain | pretrain | evaluate | card."""
+"""The command line: tve-hf explain | pretrain | evaluate | card | push."""
 
 import argparse
 import os
@@ -117,14 +117,14 @@ def explain(arguments: list[str]) -> int:
 
 def _pipeline(model: str | None, classifier: str | None, options: dict[str, Any]) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModel, pipeline
+    from transformers import pipeline
 
-    from . import DEFAULT_EXPLAINER
+    from . import DEFAULT_EXPLAINER, TVEExplainer
 
     name = model or str(DEFAULT_EXPLAINER)
     try:
         # Loaded here, since `pipeline` puts a traceback into the message of what goes wrong.
-        explainer = AutoModel.from_pretrained(name)
+        explainer = TVEExplainer.from_pretrained(name)
         return pipeline("transferable-attribution", model=explainer, classifier=classifier, **options)
     except (RuntimeError, SafetensorError, StrictDataclassError) as error:
         folders = " or ".join(filter(None, (name, classifier)))
@@ -189,11 +189,41 @@ def card(arguments: list[str]) -> int:
     return 0
 
 
+def push(arguments: list[str]) -> int:
+    """Push a checkpoint with its card to the Hub in one commit; without --yes only say what would be sent."""
+    parser = argparse.ArgumentParser("tve-hf push", description=push.__doc__)
+    parser.add_argument("folder", type=Path, help="checkpoint folder with config.json and training.json")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="repository to create or update, such as owner/name")
+    parser.add_argument("--results", type=Path, nargs="*", default=[], help="reports of tve-hf evaluate, <task>.json")
+    parser.add_argument("--card", type=Path, help="card to push if it says what the results say; rendered by default")
+    parser.add_argument("--private", action="store_true", default=None, help="create a private repository")
+    parser.add_argument("--branch", help="branch to commit to, created where it does not exist; main by default")
+    parser.add_argument("--yes", action="store_true", help="do send it")
+    args = parser.parse_args(arguments)
+
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    from .hub import prepare
+
+    logging.disable_progress_bar()
+    prepared = prepare(args.folder, args.repo_id, args.results, args.card, args.private, args.branch)
+    print(prepared)
+    if not args.yes:
+        print("Nothing was sent; add --yes to send it.")
+        return 0
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    print(prepared.send().commit_url)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "explain": explain,
     "pretrain": pretrain,
     "evaluate": evaluate,
     "card": card,
+    "push": push,
 }
 
 

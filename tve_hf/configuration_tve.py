@@ -8,6 +8,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, ViTMAEConfig
 from transformers.configuration_utils import SubConfigSpec
 
+# Far more than any model has; building millions from a few bytes of JSON would take hours.
+_MAX_LAYERS = 1000
+
 
 @strict
 class TVEConfig(PreTrainedConfig):
@@ -138,6 +141,13 @@ class TVEConfig(PreTrainedConfig):
         for name in ("hops", "num_hidden_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be 0 or more.")
+        layers: dict[str, Any] = {name: getattr(self, name) for name in ("num_hidden_layers", "num_head_layers")}
+        layers["feature_dims"] = len(self.feature_dims)
+        for name in ("num_hidden_layers", "decoder_num_hidden_layers"):
+            layers[f"mae_config.{name}"] = getattr(self.mae_config, name, 0)
+        for name, number in layers.items():
+            if number > _MAX_LAYERS:
+                raise ValueError(f"{name} is {number}, it must be at most {_MAX_LAYERS}.")
         for pixels, patches in zip(self.image_shape, self.grid_shape, strict=True):
             if pixels % patches:
                 raise ValueError(

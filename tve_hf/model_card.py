@@ -18,7 +18,12 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that a card depends on.
+
+    Raises:
+        ValueError: If it does not exist.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -59,7 +64,11 @@ def _fidelity(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    training = _read(folder / "training.json")
+    if not results:
+        raise ValueError(
+            f"The card of {folder} needs measured results; run `tve-hf evaluate` and pass its reports as --results."
+        )
+    training = read_json(folder / "training.json")
     arguments, last = training["arguments"], training["log"][-1]
     first = next(iter(results.values()))
     shares = [
@@ -88,7 +97,7 @@ def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, d
 
 
 def _classifier_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    training = _read(folder / "training.json")
+    training = read_json(folder / "training.json")
     accuracy = training["test_accuracy"] if "test_accuracy" in training else training["log"][-1]["test_accuracy"]
     settings = "\n".join(f"- `{name}`: `{value}`" for name, value in training["arguments"].items())
     return {
@@ -119,12 +128,17 @@ def render_card(folder: Path, results: list[Path]) -> ModelCard:
         results: reports of `tve-hf evaluate`, one for each task, named <task>.json.
 
     Raises:
-        ValueError: If a file is missing.
+        ValueError: If a file or a number is missing.
     """
-    config = _read(folder / "config.json")
+    config = read_json(folder / "config.json")
     template, values_of, metadata = _KINDS.get(config["model_type"], _CLASSIFIER)
-    reports = {path.stem: _read(path) for path in results}
-    values = values_of(folder, config, reports) | {"name": folder.name}
+    reports = {path.stem: read_json(path) for path in results}
+    try:
+        values = values_of(folder, config, reports) | {"name": folder.name}
+    except (LookupError, TypeError) as error:
+        raise ValueError(
+            f"The card of {folder} lacks a number ({error!r}): training.json or a report is incomplete; make it again."
+        ) from error
     text = Template((TEMPLATES / template).read_text()).substitute(values)
     data = ModelCardData(license="cc-by-nc-4.0", library_name="transformers", **metadata)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

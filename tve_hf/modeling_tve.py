@@ -28,6 +28,7 @@ from transformers.models.vit_mae.modeling_vit_mae import (
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_tve import TVEConfig
+from .weights import checked
 
 
 @dataclass
@@ -299,6 +300,19 @@ class TVEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["ViTLayer", "ViTMAELayer", "ViTMAEEmbeddings", "TVEMixerLayer"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Load as any model of transformers, but only whole safetensors files that hold what the config describes.
+
+        Raises:
+            OSError: files are missing, damaged or out of reach.
+            ValueError: another kind of model or format, or config and weights contradict each other, unless
+                `ignore_mismatched_sizes` allows that.
+        """
+        if pretrained_model_name_or_path is not None:
+            kwargs = checked(cls, pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     # transformers calls this for freshly built weights and for those missing from a checkpoint; the functions of
     # `init` leave loaded ones alone.

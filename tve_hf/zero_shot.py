@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from .parts import Backbone
 from .prompts import TextTower, pooled, sentences_of
@@ -26,25 +24,6 @@ _MAX_COMPARED = 64
 def takes_prompts(model: nn.Module) -> bool:
     """Whether a model offers an image tower and a text tower that can be run one without the other."""
     return all(callable(getattr(model, name, None)) for name in ("get_image_features", "get_text_features"))
-
-
-def load_zero_shot(name: str, dtype: Any, trust_remote_code: bool) -> tuple[nn.Module, Any] | None:
-    """Load a model and its processor, or return None if it was not saved as a zero-shot model.
-
-    Raises:
-        ValueError: If weights are missing.
-    """
-    config, _ = PreTrainedConfig.get_config_dict(name)  # as it is: a folder of an adapter has no model_type
-    classes = MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
-    if not set(config.get("architectures") or ()) & set(classes):
-        return None
-    model, report = AutoModelForZeroShotImageClassification.from_pretrained(
-        name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
-    )
-    if report["missing_keys"]:  # transformers has drawn them at random
-        missing = sorted(report["missing_keys"])[0]
-        raise ValueError(f"{name} is no whole zero-shot model ({missing} is missing): download or export it again.")
-    return model, AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 class ImageTower(nn.Module):
