@@ -12,7 +12,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from .fingerprint import fingerprint
 from .parts import Backbone, Head, SplitClassifierOutput
 from .patches import GridSize, mask_patches
-from .splitting import check_inputs, differ, find_features, find_head, probe_like, trace
+from .pretrained_cfg import id2label_from, image_processor_from, pretrained_cfg_of
+from .splitting import MAX_HEADS, check_inputs, differ, find_features, find_head, probe_like, trace
 
 
 class SplitClassifier(nn.Module):
@@ -177,7 +178,8 @@ def split_classifier(
         model: a classifier in eval mode, of transformers, timm or any `nn.Module` that maps pixel_values (B, 3, H, W)
             to logits (B, C); or a name or folder for `AutoModelForImageClassification.from_pretrained`.
         image_processor: its image processor, for the size of the probe and for what the model reads besides pixels;
-            loaded with the model if that is a name.
+            by default loaded with the model if that is a name, and made from `pretrained_cfg` if it has one, as
+            timm's models do.
         dtype: precision to load a named model in, by default the one that it was saved in.
         trust_remote_code: whether a named model may run code from its repository.
 
@@ -209,20 +211,31 @@ def split_classifier(
     if training:
         raise ValueError(f"{training[0]} is in train mode, where dropout is active; call model.eval() first.")
 
+    config = getattr(model, "config", None)
+    pretrained_cfg = pretrained_cfg_of(model)
+    name = getattr(config, "_name_or_path", None) or pretrained_cfg.get("architecture") or type(model).__name__
+    if image_processor is None:
+        image_processor = image_processor_from(pretrained_cfg)
     probe = probe_like(model, image_processor)
-    pixel_values = probe["pixel_values"]
     logits, calls = trace(model, **probe)
     if not torch.isfinite(logits).all():
         raise ValueError(
-            f"{getattr(getattr(model, 'config', None), '_name_or_path', None) or type(model).__name__} gives NaN or "
-            "infinite logits for plain noise: download or train it again, or load it in float32."
+            f"{name} gives NaN or infinite logits for plain noise: download or train it again, or load it in float32."
         )
-    parts = find_head(model, logits, calls)
+    try:
+        parts = find_head(model, logits, calls)
+    except ValueError:
+        if logits.numel() > MAX_HEADS:
+            raise
+        # Two images give fewer logits than there may be heads: look at more, to tell what each contributes.
+        probe = probe_like(model, image_processor, MAX_HEADS + 1)
+        logits, calls = trace(model, **probe)
+        parts = find_head(model, logits, calls)
+    pixel_values = probe["pixel_values"]
     feature_names = find_features(calls, parts[0].name, pixel_values)
     del calls
-    config = getattr(model, "config", None)
     num_labels = logits.shape[-1]
-    id2label = getattr(config, "id2label", None)
+    id2label = getattr(config, "id2label", None) or id2label_from(pretrained_cfg, num_labels)
     if not id2label or len(id2label) != num_labels:
         id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
     backbone = Backbone(model, parts, feature_names, tuple(probe)[1:])
@@ -233,7 +246,7 @@ def split_classifier(
         id2label=id2label,
         multi_label=num_labels == 1 or getattr(config, "problem_type", None) == "multi_label_classification",
         image_processor=image_processor,
-        name=getattr(config, "_name_or_path", None) or type(model).__name__,
+        name=name,
     )
     with torch.no_grad():
         output = classifier.backbone(**(probe | {"pixel_values": pixel_values.flip(-1).roll(1, 0)}))

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .attribution import exact_meta_attribution, prediction_errors, spearman, transfer
 from .classifiers import SplitClassifier, split_classifier
 from .configuration_tve import TVEConfig
-from .images import load_image
+from .images import load_image, normalization
 from .modeling_tve import TVEExplainer
 from .patches import sample_patches
 
@@ -63,14 +63,14 @@ def config_for(classifier: SplitClassifier, grid_size: int, hops: int, **sizes: 
     pixel_values = classifier.probe()
     with torch.no_grad():
         output = classifier(pixel_values)
-    processor = classifier.image_processor
+    mean, std = normalization(classifier.image_processor)
     return TVEConfig(
         image_size=list(pixel_values.shape[-2:]),
         grid_size=grid_size,
         hops=hops,
         embedding_dim=classifier.embedding_dim,
-        image_mean=list(processor.image_mean),
-        image_std=list(processor.image_std),
+        image_mean=mean,
+        image_std=std,
         feature_names=list(classifier.backbone.feature_names),
         feature_dims=[feature.shape[1] for feature in output.features],
         backbone_name=os.path.basename(classifier.name.rstrip("/"))

@@ -16,16 +16,19 @@ from .patches import as_pair, is_grid, token_grid
 
 # Depths, as shares of the blocks that the trace saw, at which an explainer reads feature maps.
 FEATURE_DEPTHS = (1 / 3, 2 / 3, 1.0)
-# The most heads that the logits may be a sum of; models that distil have two.
-MAX_HEADS = 4
+# The most heads that the logits may be a sum of; models that distil have two, some have one for each stage.
+MAX_HEADS = 8
+
+
+def tensors_in(value: Any) -> tuple[Tensor, ...]:
+    """The tensor itself, or those of a tuple, list or mapping."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else (value,)
+    return tuple(item for item in values if isinstance(item, Tensor))
 
 
 def first_tensor(value: Any) -> Tensor | None:
     """The tensor itself, or the first one of a tuple, list or mapping."""
-    if isinstance(value, Tensor):
-        return value
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return next((item for item in values if isinstance(item, Tensor)), None)
+    return next(iter(tensors_in(value)), None)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -62,6 +65,14 @@ def as_map(value: Tensor | None, height: int, width: int) -> Tensor | None:
     return None if grid is None else value[:, grid[0] :].transpose(1, 2).unflatten(2, grid[1:])
 
 
+def feature_in(output: Any, images: Tensor) -> Tensor | None:
+    """The first tensor of a module's output that `as_map` sees as a feature map of these images, (B, C, H, W)."""
+    for value in tensors_in(output):  # some have a row for each window or patch instead of each image
+        if value.shape[:1] == images.shape[:1] and as_map(value, *images.shape[-2:]) is not None:
+            return value
+    return None
+
+
 @contextmanager
 def hooked(handles: Iterator[Any]) -> Iterator[None]:
     """Keep hooks for the length of a with-block; they are removed whatever happens inside."""
@@ -81,7 +92,11 @@ class Call:
     name: str
     module: nn.Module
     given: Tensor
-    output: Tensor
+    outputs: tuple[Tensor, ...]
+
+    @property
+    def output(self) -> Tensor:
+        return self.outputs[0]
 
 
 def trace(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Tensor, list[Call]]:
@@ -92,14 +107,22 @@ def trace(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Ten
         for name, module in model.named_modules():
 
             def record(module: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
-                given, result = first_tensor((*args, *kwargs.values())), first_tensor(output)
-                if name and given is not None and result is not None:
-                    calls.append(Call(name, module, given, result))
+                given, outputs = first_tensor((*args, *kwargs.values())), tensors_in(output)
+                if name and given is not None and outputs:
+                    calls.append(Call(name, module, given, outputs))
 
             yield module.register_forward_hook(record, with_kwargs=True)
 
     with hooked(hooks()), torch.no_grad():
-        return logits_of(model(pixel_values, **inputs)), calls
+        try:
+            output = model(pixel_values, **inputs)
+        except Exception as error:  # often an assert without a message
+            error.add_note(
+                f"{type(model).__name__} was given noise of shape {tuple(pixel_values.shape)}; if that is not what it "
+                "takes, pass image_processor=, one that makes images of its size."
+            )
+            raise
+    return logits_of(output), calls
 
 
 @dataclass(frozen=True)
@@ -224,11 +247,10 @@ def find_features(calls: list[Call], before: str, pixel_values: Tensor) -> tuple
     """Choose the blocks, at fixed shares of the depth, whose outputs are feature maps."""
     if pixel_values.ndim != 4:  # patches in a row, whose places in the image are not known
         return ()
-    height, width = pixel_values.shape[-2:]
     names = [c.name for c in calls]
     calls = [c for c in calls[: names.index(before)] if names.count(c.name) == 1]
     modules = {c.name: c.module for c in calls}
-    maps = [c.name for c in calls if as_map(c.output, height, width) is not None]
+    maps = [c.name for c in calls if feature_in(c.outputs, pixel_values) is not None]
     # Blocks are what stands in a list: `layers.3`, `stages.1`. Any module will do where a model has none.
     blocks = [name for name in maps if name.rpartition(".")[2].isdigit()] or maps
     outer = [n for n in blocks if not any(n.startswith(o + ".") and o in modules for o in blocks)]
@@ -257,8 +279,8 @@ def check_inputs(model: nn.Module) -> None:
         )
 
 
-def probe_like(model: nn.Module, image_processor: Any) -> dict[str, Tensor]:
-    """Noise in the place of two images, as the model takes them: pixel_values first, then what else it may read.
+def probe_like(model: nn.Module, image_processor: Any, num_images: int = 2) -> dict[str, Tensor]:
+    """Noise in the place of images, as the model takes them: pixel_values first, then what else it may read.
 
     On the model's device and in its dtype.
     """
@@ -278,10 +300,10 @@ def probe_like(model: nn.Module, image_processor: Any) -> dict[str, Tensor]:
         size = next((c.image_size for c in configs if getattr(c, "image_size", None)), 224)
         channels = next((c.num_channels for c in configs if getattr(c, "num_channels", None)), 3)
         shape = (channels, *as_pair(size))
-    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(num_images, *shape, generator=torch.Generator().manual_seed(0))
     return {"pixel_values": noise.to(parameter.device, parameter.dtype)} | {
         name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None).repeat_interleave(
-            2, 0
+            num_images, 0
         )
         for name, value in others.items()
     }
