@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision_ops as torchvision_ops  # before transformers, which imports torchvision where there is one
 from torch import Tensor, nn
 from transformers import (
     BeitConfig,

@@ -204,7 +204,8 @@ def find_candidates(calls: list[Call], logits_shape: torch.Size, num_weights: in
 def weighted_sum(logits: Tensor, candidates: list[Candidate]) -> list[Candidate]:
     """Choose the fewest last candidates of which the logits are a weighted sum, found by least squares."""
     wanted = logits.double().cpu()
-    for count in range(1, min(len(candidates), MAX_HEADS) + 1):
+    # As many weights as logits, and any candidates would do.
+    for count in range(1, min(len(candidates), MAX_HEADS, wanted.numel() - 1) + 1):
         last = candidates[-count:]
         shares = torch.stack([candidate.logits.double().cpu() for candidate in last], -1)  # (B, C, count)
         solution = torch.linalg.lstsq(shares.flatten(0, 1), wanted.flatten().unsqueeze(1)).solution.flatten()
@@ -260,15 +261,20 @@ def find_features(calls: list[Call], before: str, pixel_values: Tensor) -> tuple
 
 
 def check_inputs(model: nn.Module) -> None:
-    """Refuse a model that cannot be watched, or that reads tokens, as its `forward` says.
+    """Refuse a model that cannot be watched, that has no head, or that reads tokens, as its `forward` says.
 
     Raises:
-        ValueError: If it is compiled to TorchScript, or `forward` takes `input_ids`.
+        ValueError: If it is compiled to TorchScript, says `num_classes=0`, or `forward` takes `input_ids`.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
             f"Cannot split {type(model).__name__}: what happens inside TorchScript cannot be watched; pass the module "
             "that it was made from."
+        )
+    if getattr(model, "num_classes", None) == 0:
+        raise ValueError(
+            f"Cannot split {type(model).__name__}: it has no head (num_classes=0) and returns features; pass one with "
+            "classes, or put a head on it first."
         )
     names = inspect.signature(model.forward).parameters
     if "input_ids" in names:
