@@ -19,7 +19,7 @@ import torch
 from datasets import Image, load_dataset
 
 from tve_hf import RULES, TVEExplainer, exact_meta_attribution, fidelity, split_classifier, transfer
-from tve_hf.benchmark import bootstrap_interval
+from tve_hf.comparison import bootstrap_interval
 from tve_hf.images import load_image
 from tve_hf.patches import REMOVALS
 

@@ -7,11 +7,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import GRID, HOPS, noise_image, save_pair
 from transformers import pipeline
 
 import tve_hf
-from tve_hf.benchmark import EvaluateArguments, bootstrap_interval, evaluate
+from tve_hf import judge
+from tve_hf.benchmark import EvaluateArguments, evaluate
 from tve_hf.cli import main
 
 NUM_IMAGES, METHODS = 5, ["tve", "exact", "random", "rollout"]
@@ -42,8 +44,8 @@ def settings(tmp_path_factory):
 
 @pytest.fixture
 def report(settings, tmp_path):
-    evaluate(EvaluateArguments(**settings, output_file=str(tmp_path / "deep" / "report.json")))
-    return json.loads((tmp_path / "deep" / "report.json").read_text())
+    evaluate(EvaluateArguments(**settings, output_dir=str(tmp_path / "deep" / "report")))
+    return json.loads((tmp_path / "deep" / "report" / "report.json").read_text())
 
 
 def test_summary_is_recomputed_from_the_images(report):
@@ -71,7 +73,8 @@ def test_summary_is_recomputed_from_the_images(report):
         for name, column in (("plus_auc", plus), ("minus_auc", minus), ("gap", plus - minus)):
             expected = [column.mean(), statistics.stdev(column.tolist())]
             assert fidelity[method][name] == pytest.approx(expected, abs=2e-4)
-    for method in METHODS:
+    assert "gap_above_random" not in fidelity["random"]
+    for method in set(METHODS) - {"random"}:
         low, high = fidelity[method]["gap_above_random"]
         assert low - 1e-4 <= (gaps[method] - gaps["random"]).mean() <= high + 1e-4
     share = gaps["tve"].mean() / gaps["exact"].mean()
@@ -98,18 +101,77 @@ def test_images_are_those_of_the_pipeline(report, settings):
 
 
 def test_same_seed_same_report(report, settings, tmp_path):
-    again = evaluate(EvaluateArguments(**settings, output_file=str(tmp_path / "again.json")))
-    assert json.loads((tmp_path / "again.json").read_text())["per_image"] == report["per_image"]
+    again = evaluate(EvaluateArguments(**settings, output_dir=str(tmp_path / "again")))
+    assert json.loads((tmp_path / "again" / "report.json").read_text())["per_image"] == report["per_image"]
     assert again["summary"]["fidelity"] == report["summary"]["fidelity"]
+
+
+def test_nothing_is_computed_twice(settings, tmp_path, monkeypatch):
+    """An interrupted run, taken up with more methods, asks only for what is missing, and ends as if uninterrupted."""
+    asked: list[tuple[str, int]] = []
+    explain = judge.methods.explain
+
+    def counted(name, classifier, pixel_values, *args, **options):
+        if len(asked) == 3 and not (tmp_path / "part" / "report.json").exists() and name != "grad_cam":
+            raise KeyboardInterrupt
+        asked.append((name, len(pixel_values)))
+        return explain(name, classifier, pixel_values, *args, **options)
+
+    monkeypatch.setattr(judge.methods, "explain", counted)
+    part = settings | {"output_dir": str(tmp_path / "part")}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(EvaluateArguments(**part))
+    assert asked == [("random", 3), ("rollout", 3), ("random", 2)]
+    (tmp_path / "part" / "report.json").touch()  # from here on nothing interrupts
+    asked.clear()
+    evaluate(EvaluateArguments(**part))
+    assert asked == [("rollout", 2)]
+    asked.clear()
+    more = evaluate(EvaluateArguments(**(part | {"methods": ["random", "rollout", "grad_cam"]})))
+    assert asked == [("grad_cam", 3), ("grad_cam", 2)]
+    whole = settings | {"methods": ["random", "rollout", "grad_cam"], "output_dir": str(tmp_path / "whole")}
+    assert evaluate(EvaluateArguments(**whole))["per_image"] == more["per_image"]
+
+
+def test_cost_counts_the_passes(report):
+    """One pass for tve and for rollout, none for random; two for each patch for exact."""
+    assert report["cost"]["tve"]["forward"] == 1
+    assert report["cost"]["rollout"]["forward"] == 1
+    assert report["cost"]["random"]["forward"] == 0
+    assert report["cost"]["exact"]["forward"] == 2 * GRID**2
+    assert all(cost["backward"] == 0 and cost["seconds"] > 0 for cost in report["cost"].values())
+
+
+def test_gradients_are_counted_and_no_explainer_is_needed(settings, tmp_path):
+    alone = settings | {"model": None, "grid_size": GRID, "methods": ["grad_cam"], "output_dir": str(tmp_path)}
+    report = evaluate(EvaluateArguments(**alone))
+    cost = report["cost"]["grad_cam"]
+    assert (cost["forward"], cost["backward"]) == (1, 1)
+    assert set(report["summary"]["fidelity"]["zero"]) == {"grad_cam"}
+    assert "median_spearman" not in report["summary"]
+
+
+def test_pictures_and_table(settings, tmp_path):
+    arguments = settings | {"removals": ["zero", "blur"], "num_gallery": 2, "output_dir": str(tmp_path)}
+    report = evaluate(EvaluateArguments(**arguments))
+    for name in ("fidelity", "cost", "removals", "gallery"):
+        picture = Image.open(tmp_path / f"{name}.png").convert("RGB")
+        assert min(picture.size) > 100 and len(picture.getcolors(10**6)) > 10
+    table = (tmp_path / "table.md").read_text()
+    for removal in ("zero", "blur"):
+        for method in METHODS:
+            mean, _ = report["summary"]["fidelity"][removal][method]["gap"]
+            assert f"{mean:.3f}" in table.split(f"Removed pixels: {removal}")[1]
+    assert set(report["summary"]["rank_agreement"]) == {"zero/blur"}
 
 
 def test_command_line(settings, tmp_path, capsys):
     arguments = []
-    for name, value in (settings | {"num_images": 2, "output_file": str(tmp_path / "report.json")}).items():
+    for name, value in (settings | {"num_images": 2, "output_dir": str(tmp_path)}).items():
         arguments += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     assert main(["evaluate", *arguments]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert json.loads(capsys.readouterr().out) == report["summary"]
+    assert capsys.readouterr().out.strip() == (tmp_path / "table.md").read_text().strip()
     assert report["num_images"] == 2
 
 
@@ -120,16 +182,22 @@ def test_command_line(settings, tmp_path, capsys):
         ({"num_images": 0}, "no image with num_images=0"),
         ({"methods": ["magic"]}, "Unknown method 'magic'"),
         ({"rule": "magic"}, "Unknown rule 'magic'"),
+        ({"removals": ["magic"]}, "Unknown removal operator 'magic'"),
+        ({"methods": ["rollout@5"]}, "rollout draws no samples"),
+        ({"methods": ["tve"], "model": None, "grid_size": GRID}, "tve needs an explainer; pass model"),
+        ({"methods": ["random"], "model": None}, "pass grid_size"),
+        ({"grid_size": GRID + 1}, "leave out grid_size and hops"),
     ],
 )
 def test_mistakes_are_named(settings, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(EvaluateArguments(**(settings | changes), output_file=str(tmp_path / "report.json")))
+        evaluate(EvaluateArguments(**(settings | changes), output_dir=str(tmp_path / "report")))
+    assert not (tmp_path / "report").exists()
 
 
-def test_bootstrap_interval_holds_the_mean():
-    values = torch.arange(100, dtype=torch.float64)
-    low, high = bootstrap_interval(values)
-    error = values.std().item() / 10
-    assert low == pytest.approx(49.5 - 1.96 * error, abs=0.5) and high == pytest.approx(49.5 + 1.96 * error, abs=0.5)
-    assert bootstrap_interval(torch.full((5,), 2.0)) == (2.0, 2.0)
+def test_other_settings_are_named_and_nothing_is_mixed(settings, tmp_path):
+    evaluate(EvaluateArguments(**settings, output_dir=str(tmp_path), num_images=2))
+    before = (tmp_path / "report.json").read_text()
+    with pytest.raises(ValueError, match="rule was 'log_prob', now 'logit'.*another output_dir"):
+        evaluate(EvaluateArguments(**(settings | {"rule": "logit"}), output_dir=str(tmp_path), num_images=2))
+    assert (tmp_path / "report.json").read_text() == before

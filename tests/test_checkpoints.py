@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModel, AutoModelForImageClassification
 
 import tve_hf
-from tve_hf.benchmark import EvaluateArguments, agreement, evaluate
+from tve_hf.benchmark import EvaluateArguments, evaluate
+from tve_hf.judge import agreement
 from tve_hf.model_card import render_card
 from tve_hf.pipeline_tve import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
 

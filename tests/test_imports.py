@@ -20,8 +20,12 @@ LAYERS = {
     "inputs": 0,
     "configuration_tve": 0,
     "strict_json": 0,
+    "comparison": 0,
+    "plots": 0,
     "splitting": 0.5,
     "parts": 0.7,
+    "cells": 0.7,
+    "report": 0.7,
     "modeling_tve": 1,
     "classifiers": 1,
     "visualization": 1,
@@ -31,6 +35,7 @@ LAYERS = {
     "methods": 2,
     "metrics": 2,
     "pipeline_tve": 2,
+    "judge": 2.5,
     "pretrain": 3,
     "benchmark": 3,
     "model_card": 3,
@@ -40,7 +45,7 @@ LAYERS = {
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Extras, and what they bring along: never needed to explain an image.
 HEAVY = ["accelerate", "captum", "datasets", "evaluate", "gradio", "matplotlib", "skimage", "sklearn", "timm"]
-TRAINING = {"benchmark", "pretrain"}
+TRAINING = {"benchmark", "judge", "plots", "pretrain"}
 
 
 def _module(path: Path) -> str:

@@ -1,24 +1,32 @@
-"""Judge an explainer and its rivals on held-out images: agreement with the exact attribution, and fidelity."""
+"""Compare explanations on held-out images: fidelity of every method, its cost, and how far TVE is from exact."""
 
-import math
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Image, load_dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import methods
-from .attribution import DEFAULT_RULE, exact_meta_attribution, pearson, prediction_errors, spearman, transfer
-from .classifiers import SplitClassifier, split_classifier
-from .fidelity import fidelity
-from .images import load_image
+from .attribution import DEFAULT_RULE, rule_named
+from .cells import Cells, digest
+from .classifiers import split_classifier
+from .compatibility import fit
+from .judge import Judge, parse_method
 from .modeling_tve import TVEExplainer
-from .patches import REMOVALS
+from .patches import REMOVALS, GridSize, as_pair
+from .report import summarize, table_of
 from .strict_json import dumps
+
+# Lists of methods by the samples that they may take: those of the paper, and ones at which they are worth comparing.
+_CHEAP = ["random", "centre", "raw_attention", "rollout", "grad_cam", "attention_cam", "chefer_cam", "legrad"]
+BUDGETS: dict[str, list[str]] = {
+    "paper": [*_CHEAP, "ig", "rise@50", "lime@25", "kernel_shap@25"],
+    "fair": [*_CHEAP, "ig", "rise@400", "lime@400", "kernel_shap@400"],
+    "large": [*_CHEAP, "ig", "rise@2000", "lime@2000", "kernel_shap@2000"],
+}
 
 
 @dataclass
@@ -26,147 +34,144 @@ class EvaluateArguments:
     """Settings of one evaluation."""
 
     classifier: str = field(metadata={"help": "Classifier to explain: a name or folder."})
-    model: str = field(metadata={"help": "Explainer of its backbone: a name or folder."})
     test_files: list[str] = field(metadata={"help": "Parquet files (or patterns) of held-out images."})
-    output_file: str = field(metadata={"help": "JSON file for settings, per-image values and summary."})
+    output_dir: str = field(metadata={"help": "Where report.json, table.md, the plots and the intermediate cells go."})
+    model: str | None = field(default=None, metadata={"help": "Explainer of its backbone: adds tve and exact."})
+    methods: list[str] = field(
+        default_factory=lambda: ["random", "rollout", "grad_cam"],
+        metadata={"help": "Names of methods, sampling ones as name@samples, or a budget: paper, fair, large."},
+    )
+    removals: list[str] = field(
+        default_factory=lambda: ["zero", "blur"], metadata={"help": f"Removal operators: {', '.join(REMOVALS)}."}
+    )
     image_column: str = field(default="image")
     label_column: str = field(default="label", metadata={"help": "Used for the accuracy, where it exists."})
     num_images: int = field(default=300)
-    methods: list[str] = field(default_factory=lambda: ["random", "rollout", "grad_cam"])
-    removals: list[str] = field(default_factory=lambda: list(REMOVALS))
+    grid_size: int | None = field(default=None, metadata={"help": "P; that of the explainer by default."})
+    hops: int | None = field(default=None, metadata={"help": "Radius of neighbourhoods; the explainer's by default."})
     rule: str = field(default=DEFAULT_RULE)
     batch_size: int = field(default=20)
+    num_gallery: int = field(default=4, metadata={"help": "Images in gallery.png; 0 for none."})
     seed: int = field(default=0)
 
 
-def bootstrap_interval(values: Tensor, samples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of per-image values, (n,)."""
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(len(values), (samples, len(values)), generator=generator)
-    low, high = values[index].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return low, high
-
-
-@torch.no_grad()
-def agreement(
-    classifier: SplitClassifier, explainer: TVEExplainer, pixel_values: Tensor, class_idx: Tensor, rule: str
-) -> dict[str, Tensor]:
-    """Compare predicted with exact meta-attributions on all patches.
-
-    Returns:
-        Per-image values, (B,): `spearman` and `pearson` of the maps under `rule`, and those of `prediction_errors`;
-        and the two maps, `tve` and `exact`, (B, rows, cols).
-    """
-    config = explainer.config
-    seen = classifier(pixel_values)
-    output = explainer(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
-    predicted = output.kept, output.removed
-    exact = exact_meta_attribution(classifier, pixel_values, config.grid_size, config.hops)
-    maps = [
-        transfer(kept, removed, classifier, class_idx, rule, config.grid_size, config.hops)
-        for kept, removed in (predicted, exact)
-    ]
-    return {
-        "spearman": spearman(*maps),
-        "pearson": pearson(*maps),
-        **prediction_errors(classifier, pixel_values, class_idx, predicted, exact),
-        "tve": maps[0].unflatten(1, config.grid_shape),
-        "exact": maps[1].unflatten(1, config.grid_shape),
+def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
+    rule_named(args.rule)
+    names = BUDGETS.get(args.methods[0], args.methods) if args.methods else []
+    specs = list(dict.fromkeys([*(["tve", "exact"] if args.model else []), *names]))
+    for spec in specs:
+        parse_method(spec)
+    for removal in args.removals:
+        if removal not in REMOVALS:
+            raise ValueError(f"Unknown removal operator {removal!r}; choose among {', '.join(REMOVALS)}.")
+    classifier = split_classifier(args.classifier, dtype=torch.float32).to(state.device)
+    explainer = None
+    if args.model is not None:
+        explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval().to(state.device)
+        classifier = fit(explainer, classifier)
+    elif "tve" in specs:
+        raise ValueError("The method tve needs an explainer; pass model.")
+    config = explainer.config if explainer else None
+    grid: GridSize | None = args.grid_size or (config.grid_shape if config else None)
+    hops = args.hops if args.hops is not None else config.hops if config else 2
+    if grid is None:
+        raise ValueError("Without an explainer the grid is not known; pass grid_size.")
+    if config and (as_pair(grid), hops) != (config.grid_shape, config.hops):
+        raise ValueError(
+            f"The explainer's grid is {config.grid_shape} with hops={config.hops}; leave out grid_size and hops."
+        )
+    data = load_dataset("parquet", data_files=args.test_files, split="train")
+    column, names = args.image_column, data.column_names
+    if column not in names:
+        raise ValueError(f"No column {column!r} in {args.test_files}; choose image_column among {', '.join(names)}.")
+    if min(args.num_images, len(data)) < 1:
+        raise ValueError(f"{args.test_files} give no image with num_images={args.num_images}; pass at least one.")
+    kept = [name for name in (column, args.label_column) if name in names]
+    data = data.select_columns(kept).select(range(min(args.num_images, len(data))))
+    settings = {
+        "classifier": digest(classifier),
+        "explainer": digest(explainer) if explainer else None,
+        "test_files": args.test_files,
+        "grid": list(as_pair(grid)),
+        "hops": hops,
+        "rule": args.rule,
+        "seed": args.seed,
     }
+    return Judge(
+        classifier=classifier,
+        explainer=explainer,
+        data=data.cast_column(column, Image(decode=False)),
+        cells=Cells(Path(args.output_dir) / "cells", settings),
+        specs=specs,
+        removals=args.removals,
+        grid=as_pair(grid),
+        hops=hops,
+        rule=args.rule,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        image_column=column,
+        label_column=args.label_column,
+    )
 
 
 def evaluate(args: EvaluateArguments) -> dict[str, Any]:
-    """Run one evaluation and write its report as JSON."""
-    classifier = split_classifier(args.classifier, dtype=torch.float32)
-    explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval()
-    grid = explainer.config.grid_shape
-    data = load_dataset("parquet", data_files=args.test_files, split="train")
-    column, names = args.image_column, ", ".join(data.column_names)
-    if column not in data.column_names:
-        raise ValueError(f"No column {column!r} in {args.test_files}; choose image_column among {names}.")
-    if min(args.num_images, len(data)) < 1:
-        raise ValueError(f"{args.test_files} give no image with num_images={args.num_images}; pass at least one.")
-    data = data.select(range(min(args.num_images, len(data)))).cast_column(column, Image(decode=False))
-    generator = torch.Generator().manual_seed(args.seed)
+    """Run one evaluation and write report.json, table.md and plots to `args.output_dir`.
 
-    values: dict[str, list[Tensor]] = {}
-    seconds = dict.fromkeys(["tve + exact", *args.methods], 0.0)
-    start = 0
-    for rows in tqdm(data.iter(batch_size=args.batch_size), total=math.ceil(len(data) / args.batch_size)):
-        images = [load_image(row) for row in rows[column]]
-        pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            class_idx = classifier(pixel_values).logits.argmax(-1)
-        began = time.perf_counter()
-        found = agreement(classifier, explainer, pixel_values, class_idx, args.rule)
-        seconds["tve + exact"] += time.perf_counter() - began
-        maps = {"tve": found.pop("tve"), "exact": found.pop("exact")}
-        for name in args.methods:
-            options = {"generator": generator} if name == "random" else {}
-            began = time.perf_counter()
-            maps[name] = methods.explain(name, classifier, pixel_values, class_idx, grid, **options)
-            seconds[name] += time.perf_counter() - began
-        if args.label_column in rows:
-            found["correct"] = (class_idx == torch.tensor(rows[args.label_column])).float()
+    What was computed before, by a run that was interrupted or had fewer methods, is not computed again. Under
+    `accelerate launch` the batches are shared out among the processes.
+
+    Raises:
+        ValueError: If a name is unknown, there are no images, or the folder holds results of other settings.
+    """
+    state = PartialState()
+    judge = _prepare(args, state)
+    batches = list(judge.batches())
+    own = batches[state.process_index :: state.num_processes]
+    for start, stop in tqdm(own, unit="batch", disable=not state.is_main_process):
+        judge.compute(start, stop)
+    state.wait_for_everyone()
+
+    table: dict[str, Tensor] = {}
+    classes = judge.gather("classes")
+    if "correct" in classes:
+        table["correct"] = classes["correct"]
+    if judge.explainer is not None:
+        found = judge.gather("agreement")
+        table |= {key: found[key] for key in ("spearman", "pearson", "kept_error", "removed_error")}
+        table |= {key: found[key] for key in ("epsilon", "bound", "error")}
+    curves: dict[str, dict[str, list[float]]] = {}
+    cost = {}
+    for spec in judge.specs:
+        maps = judge.gather(f"maps/{spec}")
+        cost[spec] = {name: maps[name].sum().item() / len(judge.data) for name in ("seconds", "forward", "backward")}
         for removal in args.removals:
-            for name, scores in maps.items():
-                result = fidelity(classifier, pixel_values, scores, class_idx, removal=removal)
-                found[f"{name}/{removal}/plus"] = result.plus_auc
-                found[f"{name}/{removal}/minus"] = result.minus_auc
-        for key, value in found.items():
-            values.setdefault(key, []).append(value)
-        start += len(images)
-
-    table = {key: torch.cat(parts).double() for key, parts in values.items()}
+            judged = judge.gather(f"fidelity/{removal}/{spec}")
+            for side in ("plus", "minus"):
+                table[f"{spec}/{removal}/{side}"] = judged[f"{side}_auc"]
+            curves[f"{removal}/{spec}"] = {
+                "sparsity": judged["sparsity"].view(len(batches), -1)[0].tolist(),
+                **{side: judged[side].mean(0).tolist() for side in ("plus", "minus")},
+            }
+    table = {key: column.double() for key, column in table.items()}
     report = {
         "settings": asdict(args),
-        "num_images": start,
-        "summary": summarize(table, [*maps], args.removals),
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "num_images": len(judge.data),
+        "summary": summarize(table, judge.specs, args.removals),
+        "cost": {spec: {key: round(value, 6) for key, value in found.items()} for spec, found in cost.items()},
+        "curves": {
+            key: {name: [round(v, 4) for v in values] for name, values in curve.items()}
+            for key, curve in curves.items()
+        },
         "per_image": {key: [round(v, 5) for v in column.tolist()] for key, column in table.items()},
     }
-    path = Path(args.output_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dumps(report, indent=1) + "\n")
+    if state.is_main_process:
+        folder = Path(args.output_dir)
+        (folder / "report.json").write_text(dumps(report, indent=1) + "\n")
+        (folder / "table.md").write_text(table_of(report) + "\n")
+        from .plots import draw  # needs matplotlib
+
+        draw(report, folder)
+        if args.num_gallery:
+            judge.gallery(args.num_gallery).save(folder / "gallery.png")
+    state.wait_for_everyone()
     return report
-
-
-def summarize(table: dict[str, Tensor], names: list[str], removals: list[str]) -> dict[str, Any]:
-    """Reduce per-image values, (n,) each, to what a model card reports."""
-    summary: dict[str, Any] = {
-        "median_spearman": table["spearman"].nanmedian().item(),
-        "median_pearson": table["pearson"].nanmedian().item(),
-        "mean_kept_error": table["kept_error"].mean().item(),
-        "mean_removed_error": table["removed_error"].mean().item(),
-        "median_epsilon": table["epsilon"].median().item(),
-        "median_bound": table["bound"].median().item(),
-        "mean_error_nats": table["error"].mean().item(),
-        "fidelity": {},
-    }
-    if "correct" in table:
-        summary["accuracy"] = table["correct"].mean().item()
-    for removal in removals:
-        gaps = {name: table[f"{name}/{removal}/plus"] - table[f"{name}/{removal}/minus"] for name in names}
-        rows = {}
-        for name in names:
-            plus, minus = table[f"{name}/{removal}/plus"], table[f"{name}/{removal}/minus"]
-            rows[name] = {
-                "plus_auc": [plus.mean().item(), plus.std().item()],
-                "minus_auc": [minus.mean().item(), minus.std().item()],
-                "gap": [gaps[name].mean().item(), gaps[name].std().item()],
-                "gap_above_random": list(bootstrap_interval(gaps[name] - gaps["random"]))
-                if "random" in gaps
-                else None,
-            }
-        summary["fidelity"][removal] = rows | {
-            "tve_share_of_exact": gaps["tve"].mean().item() / gaps["exact"].mean().item()
-        }
-
-    def rounded(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: rounded(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [rounded(item) for item in value]
-        return round(value, 4) if isinstance(value, float) else value
-
-    return rounded(summary)

@@ -153,9 +153,11 @@ def evaluate(arguments: list[str]) -> int:
 
     from .benchmark import EvaluateArguments
     from .benchmark import evaluate as run
+    from .report import table_of
 
     (args,) = HfArgumentParser(EvaluateArguments, prog="tve-hf evaluate").parse_args_into_dataclasses(arguments)
-    print(dumps(run(args)["summary"], indent=1))
+    report = run(args)
+    print(table_of(report))
     return 0
 
 

@@ -39,6 +39,8 @@ class TVEConfig(PreTrainedConfig):
         mae_config: `"vit_mae"` trunk: configuration of the Mask-AutoEncoder; `None` means `ViTMAEConfig()`. The
             explainer sees every patch, so it works on a copy whose `mask_ratio` is 0.
         num_head_layers: mixer layers of each of its two heads, n in the paper.
+        activate_first_head_layer: whether the first of them has its activation, as in the paper; the research code
+            has none there.
         shared_trunk: whether one Mask-AutoEncoder serves both heads, or each has its own as in the research code.
         backbone_name: name or path of the classifier whose backbone the explainer was trained on.
         backbone_fingerprint: fingerprint of that backbone's weights, to notice a different one.
@@ -78,6 +80,7 @@ class TVEConfig(PreTrainedConfig):
 
     mae_config: dict | PreTrainedConfig | None = None
     num_head_layers: int = 17
+    activate_first_head_layer: bool = True
     shared_trunk: bool = True
 
     backbone_name: str | None = None

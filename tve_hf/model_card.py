@@ -50,7 +50,7 @@ def _fidelity(results: dict[str, dict[str, Any]]) -> str:
                 cells = [
                     f"{mean:.3f} ± {sd:.3f}" for mean, sd in (found["plus_auc"], found["minus_auc"], found["gap"])
                 ]
-                low, high = found["gap_above_random"]
+                low, high = found.get("gap_above_random", (0, 0))
                 above = "" if name == "random" else f"{low:.3f} to {high:.3f}"
                 rows.append([task, removal, name, *cells, above])
     return _table(rows)

@@ -180,6 +180,20 @@ class TVEMaskedAutoEncoder(nn.Module):
         # No patch is masked and no pixel predicted, so these would be weights that never get a gradient.
         del self.decoder.mask_token, self.decoder.decoder_pred
 
+    def load_vit_mae(self, checkpoint: ViTMAEForPreTraining, name: str) -> None:
+        """Take the weights of a ViT-MAE; raises ValueError if they do not fit."""
+        weights = {f"encoder.{key}": weight for key, weight in checkpoint.vit.state_dict().items()}
+        weights |= {f"decoder.{key}": weight for key, weight in checkpoint.decoder.state_dict().items()}
+        own = self.state_dict()
+        misfits = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
+        surplus = weights.keys() - own.keys() - _UNUSED_MAE_WEIGHTS
+        if misfits or surplus:
+            raise ValueError(
+                f"{name} does not fit config.mae_config at {(misfits or sorted(surplus))[0]}, "
+                f"set mae_config=ViTMAEConfig.from_pretrained({name!r}) and matching image and grid sizes."
+            )
+        self.load_state_dict({key: weights[key] for key in own})
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return decoder tokens (B, 1 + N, decoder width), class token first."""
         # Increasing noise sorts to the grid order. Left out, the encoder shuffles the patches at random. float32, for
@@ -226,12 +240,13 @@ class TVEMixerHead(nn.Module):
         super().__init__()
         mae_config: Any = config.mae_config
         last = config.num_head_layers - 1
+        linear = {last} if config.activate_first_head_layer else {0, last}
         self.layers = nn.ModuleList(
             TVEMixerLayer(
                 in_dim=mae_config.decoder_hidden_size if index == 0 else config.embedding_dim,
                 out_dim=config.embedding_dim,
                 num_tokens=config.num_patches + 1,
-                activation=nn.Identity() if index == last else ACT2FN[config.hidden_act],
+                activation=nn.Identity() if index in linear else ACT2FN[config.hidden_act],
                 eps=config.layer_norm_eps,
                 skip=0 < index < last,
             )
@@ -325,18 +340,9 @@ class TVEExplainer(TVEPreTrainedModel):
         if not isinstance(explainer.trunk, TVEMAETrunk):
             raise ValueError(f'trunk="{config.trunk}" has no Mask-AutoEncoder to initialise, set trunk="vit_mae".')
         checkpoint = ViTMAEForPreTraining.from_pretrained(pretrained)
-        weights = {f"encoder.{name}": weight for name, weight in checkpoint.vit.state_dict().items()}
-        weights |= {f"decoder.{name}": weight for name, weight in checkpoint.decoder.state_dict().items()}
-        for autoencoder in explainer.trunk.autoencoders:
-            own = autoencoder.state_dict()
-            misfits = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
-            surplus = weights.keys() - own.keys() - _UNUSED_MAE_WEIGHTS
-            if misfits or surplus:
-                raise ValueError(
-                    f"{pretrained} does not fit config.mae_config at {(misfits or sorted(surplus))[0]}, "
-                    f"set mae_config=ViTMAEConfig.from_pretrained({pretrained!r}) and matching image and grid sizes."
-                )
-            autoencoder.load_state_dict({name: weights[name] for name in own})
+        autoencoders: Iterable[Any] = explainer.trunk.autoencoders
+        for autoencoder in autoencoders:
+            autoencoder.load_vit_mae(checkpoint, pretrained)
         return explainer
 
     @property

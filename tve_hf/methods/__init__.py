@@ -3,6 +3,7 @@
 Each method is a function `explain` in a file of its own, imported when it is first asked for.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -23,6 +24,13 @@ _METHODS = {
 def available() -> set[str]:
     """Return the names of all methods."""
     return set(_METHODS)
+
+
+def load(name: str) -> Callable[..., Tensor]:
+    """Return a method's own function; raises ValueError for an unknown name."""
+    if name not in _METHODS:
+        raise ValueError(f"Unknown method {name!r}; choose one of {', '.join(sorted(_METHODS))}.")
+    return import_module(_METHODS[name], __name__).explain
 
 
 def explain(
@@ -49,7 +57,4 @@ def explain(
     Raises:
         ValueError: If there is no such method, or it cannot serve this classifier.
     """
-    if name not in _METHODS:
-        raise ValueError(f"Unknown method {name!r}; choose one of {', '.join(sorted(_METHODS))}.")
-    method = import_module(_METHODS[name], __name__).explain
-    return method(classifier, pixel_values, class_idx, as_pair(grid_size), **options)
+    return load(name)(classifier, pixel_values, class_idx, as_pair(grid_size), **options)

@@ -1,0 +1,124 @@
+"""Results of a long evaluation, kept in small files as they are computed, so that nothing is computed twice."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .splitting import first_tensor, hooked
+
+
+def digest(*modules: nn.Module) -> str:
+    """SHA-256 of all weights and buffers, to notice other ones under the same name."""
+    found = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+class Cells:
+    """A folder of computed tensors, each under a key, all made with the same settings.
+
+    Raises:
+        ValueError: If the folder holds results of other settings; the message names them.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder = folder
+        path = folder / "settings.json"
+        settings = json.loads(json.dumps(settings))
+        if path.is_file():
+            before = json.loads(path.read_text())
+            changed = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
+            if changed:
+                names = "; ".join(f"{n} was {before.get(n)!r}, now {settings.get(n)!r}" for n in sorted(changed))
+                raise ValueError(
+                    f"{folder} holds results of other settings ({names}); choose another output_dir, or remove it."
+                )
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(json.dumps(settings, indent=1) + "\n")
+            os.replace(partial, path)
+
+    def get(self, key: str, compute: Callable[[], dict[str, Tensor]] | None = None) -> dict[str, Tensor]:
+        """Read the tensors of a key, or compute and keep them; KeyError if there are none and nothing to compute."""
+        path = self.folder / f"{key}.safetensors"
+        if path.is_file():
+            return load_file(path)
+        if compute is None:
+            raise KeyError(key)
+        found = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        save_file(found, partial)
+        os.replace(partial, path)
+        return found
+
+
+@dataclass
+class Cost:
+    """What an explanation costs: seconds, and images that went through the classifier forwards and backwards."""
+
+    seconds: float = 0.0
+    forward: int = 0
+    backward: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: torch.tensor(float(value)) for name, value in vars(self).items()}
+
+
+@contextmanager
+def counting(model: nn.Module, head_names: Sequence[str]) -> Iterator[Cost]:
+    """Count the passes of a classifier, and the time, inside a with-block.
+
+    A backward pass is one that reaches what its head is given, from whichever logits it started.
+    """
+    cost = Cost()
+    running = False  # the head may also be applied alone, to what it was given before
+
+    def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal running
+        running = True
+        given = first_tensor((*args, *kwargs.values()))
+        cost.forward += 0 if given is None else len(given)
+
+    def watch(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal running
+        given = first_tensor((*args, *kwargs.values()))
+        if running and given is not None and given.requires_grad:
+            images = len(given)
+
+            def count_backward(gradient: Tensor) -> None:
+                cost.backward += images
+
+            given.register_hook(count_backward)
+        running = False
+
+    def hooks() -> Iterator[Any]:
+        yield model.register_forward_pre_hook(count, with_kwargs=True)
+        for name in head_names[:1]:  # all heads are reached by one pass
+            yield model.get_submodule(name).register_forward_pre_hook(watch, with_kwargs=True)
+
+    with hooked(hooks()):
+        _wait_for_device()
+        start = time.perf_counter()
+        yield cost
+        _wait_for_device()
+        cost.seconds = time.perf_counter() - start
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
