@@ -1,6 +1,6 @@
 """One small member of every model family of timm, and the table of how each is split.
 
-`python tests/timm_families.py --output docs/timm.md` writes the table for the installed timm.
+`make timm-table` writes the table for the installed timm.
 """
 
 import argparse
@@ -188,7 +188,7 @@ def main() -> None:
     lines = [
         f"# All {len(FAMILIES)} model families of timm {importlib.metadata.version('timm')}",
         "",
-        "Written by `make docs/timm.md`: a member of each family, with random weights, is split by `split_classifier`,"
+        "Written by `make timm-table`: a member of each family, with random weights, is split by `split_classifier`,"
         " and `head(embed(x))` is compared with its own logits on batches of 1 and 3, by the largest difference over "
         "the largest logit. D is the dimension of the embedding at that size of image; the heads are the modules that "
         "give the logits; the feature maps (channels × rows × columns) are what an explainer may read. "
