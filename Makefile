@@ -4,7 +4,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: install demo check test test-slow docs dist
+TIMM_VENV ?= .venv-timm
+
+.PHONY: install demo check test test-slow test-timm timm-table docs dist
 
 install: $(VENV)/.installed
 
@@ -28,6 +30,21 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# timm in an environment of its own, since it needs torchvision, which the package neither needs nor excludes. Its
+# Python parts are enough, so the build need not fit torch: see tests/torchvision_ops.py.
+$(TIMM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(TIMM_VENV)
+	$(TIMM_VENV)/bin/pip install --quiet torch==2.13.0
+	$(TIMM_VENV)/bin/pip install --quiet --editable '.[dev]'
+	$(TIMM_VENV)/bin/pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
+	touch $@
+
+test-timm: $(TIMM_VENV)/.installed
+	$(TIMM_VENV)/bin/python -m pytest tests/test_timm.py tests/test_every_class.py -k timm
+
+timm-table: $(TIMM_VENV)/.installed
+	$(TIMM_VENV)/bin/python tests/timm_families.py --output docs/timm.md
 
 # Every code block of README and of the cards.
 docs: install

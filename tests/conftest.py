@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision_ops as torchvision_ops  # before transformers, which imports torchvision where there is one
 from hub_server import Hub
 from tiny import save_pair
 from torch import Tensor, nn

@@ -25,7 +25,7 @@ from transformers.image_utils import load_image as transformers_load_image
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from tve_hf.images import load_image, seen_region
+from tve_hf.images import load_image, normalization, seen_region
 
 PIXELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3) * 2  # no symmetry, not square
 
@@ -393,3 +393,23 @@ def test_processors_that_cannot_be_followed_are_refused():
         seen_region(lambda images, return_tensors: {"pixel_values": torch.zeros(len(images), 3, 8, 8)}, (50, 40))
     with pytest.raises(ValueError, match=r"\(4, 5\)"):
         seen_region(lambda images, return_tensors: {"pixel_values": torch.zeros(len(images), 5)}, (50, 40))
+
+
+@pytest.mark.parametrize(
+    ("processor", "mean", "std"),
+    [
+        (
+            ViTImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 1.6]),
+            [0.1, 0.2, 0.3],
+            [0.4, 0.5, 1.6],
+        ),
+        (ViTImageProcessorPil(image_mean=[0.1, 0.2, 0.3], do_normalize=False), [0, 0, 0], [1, 1, 1]),
+        (ViTImageProcessorPil(do_rescale=False, do_normalize=False), [0, 0, 0], [1 / 255] * 3),
+        (DetrImageProcessorPil(size={"height": 32, "width": 32}), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        (MobileViTImageProcessorPil(), [0, 0, 0], [1, 1, 1]),  # it has no image_mean
+    ],
+)
+def test_normalization_is_what_the_processor_does(processor, mean, std):
+    found = normalization(processor)
+    assert found[0] == pytest.approx(mean, abs=2e-6)
+    assert found[1] == pytest.approx(std, abs=2e-6)

@@ -17,6 +17,7 @@ LAYERS = {
     "patches": 0.2,
     "fingerprint": 0,
     "images": 0,
+    "pretrained_cfg": 0,
     "inputs": 0,
     "configuration_tve": 0,
     "strict_json": 0,

@@ -15,8 +15,9 @@ from .heads import BinaryHead, as_head, try_head
 from .loading import load_classifier
 from .parts import Backbone, Head, SplitClassifierOutput
 from .patches import TOKEN_DROP, GridSize, dividing_grid, mask_patches
+from .pretrained_cfg import id2label_from, image_processor_from, pretrained_cfg_of
 from .prompts import PromptHead, TextTower, check_prompts, no_text_tower
-from .splitting import check_inputs, differ, find_features, find_head, probe_like, trace
+from .splitting import MAX_HEADS, check_inputs, differ, find_features, find_head, probe_like, trace
 from .token_drop import embed_without_tokens
 from .wrapped import is_compiled, is_dispatched, named_weights, placement, unwrapped
 from .zero_shot import split_towers, takes_prompts
@@ -312,7 +313,8 @@ def split_classifier(
             `AutoModelForImageClassification.from_pretrained`, or `AutoModelForZeroShotImageClassification` if it was
             saved as such.
         image_processor: its image processor, for the size of the probe and for what the model reads besides pixels;
-            of a zero-shot model the processor, which holds the tokenizer too. Loaded with the model if that is a name.
+            of a zero-shot model the processor, which holds the tokenizer too. By default loaded with the model if that
+            is a name, and made from `pretrained_cfg` if it has one, as timm's models do.
         dtype: precision to load a named model in, by default the one that it was saved in.
         trust_remote_code: whether a named model may run code from its repository.
         candidate_labels, hypothesis_template: prompts for a zero-shot model, as for `with_prompts`.
@@ -343,7 +345,9 @@ def split_classifier(
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"{training[0]} is in train mode, where dropout is active; call model.eval() first.")
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or type(model).__name__
+    config = getattr(model, "config", None)
+    pretrained_cfg = pretrained_cfg_of(model)
+    name = getattr(config, "_name_or_path", None) or pretrained_cfg.get("architecture") or type(model).__name__
     if takes_prompts(model):
         labels, templates = check_prompts(candidate_labels, hypothesis_template)
         backbone, text = split_towers(model, image_processor, name, labels, templates)
@@ -361,19 +365,28 @@ def split_classifier(
         raise no_text_tower(name)
     check_inputs(model)
 
+    if image_processor is None:
+        image_processor = image_processor_from(pretrained_cfg)
     probe = probe_like(model, image_processor)
-    pixel_values = probe["pixel_values"]
     logits, calls = trace(model, **probe)
     if not torch.isfinite(logits).all():
         raise ValueError(
             f"{name} gives NaN or infinite logits for plain noise: download or train it again, or load it in float32."
         )
-    parts = find_head(model, logits, calls)
+    try:
+        parts = find_head(model, logits, calls)
+    except ValueError:
+        if logits.numel() > MAX_HEADS:
+            raise
+        # Two images give fewer logits than there may be heads: look at more, to tell what each contributes.
+        probe = probe_like(model, image_processor, MAX_HEADS + 1)
+        logits, calls = trace(model, **probe)
+        parts = find_head(model, logits, calls)
+    pixel_values = probe["pixel_values"]
     feature_names = find_features(calls, parts[0].name, pixel_values)
     del calls
-    config = getattr(model, "config", None)
     num_labels = logits.shape[-1]
-    names = getattr(config, "id2label", None) or {}
+    names = getattr(config, "id2label", None) or id2label_from(pretrained_cfg, num_labels) or {}
     id2label = names if len(names) == num_labels else {i: f"LABEL_{i}" for i in range(num_labels)}
     backbone = Backbone(model, parts, feature_names, tuple(probe)[1:])
     classifier = SplitClassifier(

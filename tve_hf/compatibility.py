@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from .classifiers import SplitClassifier
 from .fingerprint import match
+from .images import normalization
 from .modeling_tve import TVEExplainer
 from .wrapped import named_weights
 
@@ -52,12 +53,13 @@ def fit(explainer: TVEExplainer, classifier: SplitClassifier, image_processor: A
             f"{remedy}."
         )
     processor = image_processor or classifier.image_processor
-    for name in ("image_mean", "image_std"):
-        own, theirs = getattr(config, name), getattr(processor, name, None)
-        if own is not None and theirs is not None and not torch.allclose(torch.tensor(own), torch.tensor(theirs)):
+    named_values = () if processor is None else zip(("image_mean", "image_std"), normalization(processor), strict=True)
+    for name, theirs in named_values:
+        own = getattr(config, name)
+        if own is not None and not torch.allclose(torch.tensor(own), torch.tensor(theirs), atol=1e-4):
             raise ValueError(
                 f"{named} expects {name}={list(own)}, but the image processor of {classifier.name} has "
-                f"{list(theirs)}; {remedy}."
+                f"{theirs}; {remedy}."
             )
     if config.backbone_fingerprint is not None:
         verdict = match(config.backbone_fingerprint, classifier.fingerprint())

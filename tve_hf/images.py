@@ -97,6 +97,21 @@ def seen_region(image_processor: Callable[..., Any], size: tuple[int, int]) -> t
     return left, top, right, bottom
 
 
+def normalization(image_processor: Callable[..., Any]) -> tuple[list[float], list[float]]:
+    """Find what an image processor subtracts from each channel in [0, 1], and what it then divides by.
+
+    From what a black and a white image become, since processors tell it in several ways, or not at all.
+
+    Returns:
+        (mean, std), one value for each channel of `pixel_values`, rounded to 6 decimals.
+    """
+    black, white = _process(image_processor, [Image.new("RGB", (32, 32), color) for color in ("black", "white")])
+    row, col = divmod(int((white - black).sum(0).argmax()), white.shape[-1])  # not a padded pixel
+    black, white = (pixels[:, row, col].astype(np.float64) for pixels in (black, white))
+    std = 1 / (white - black)
+    return (-black * std).round(6).tolist(), std.round(6).tolist()
+
+
 def _process(image_processor: Callable[..., Any], images: list[Image.Image]) -> np.ndarray:
     given = image_processor(images=images, return_tensors="pt")
     pixels = torch.as_tensor(given["pixel_values"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .splitting import HeadPart, as_map, first_tensor, hooked, logits_of
+from .splitting import HeadPart, as_map, feature_in, first_tensor, hooked, logits_of
 from .wrapped import uncompiled
 
 
@@ -113,7 +113,7 @@ class Backbone(nn.Module):
             for name in self.feature_names:
 
                 def keep_output(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
-                    feature = as_map(first_tensor(output), *pixel_values.shape[-2:])
+                    feature = as_map(feature_in(output, pixel_values), *pixel_values.shape[-2:])
                     if feature is not None:
                         features[name] = feature.to(pixel_values.device)
 

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .attribution import exact_meta_attribution, prediction_errors, spearman, transfer
 from .classifiers import SplitClassifier, split_classifier
 from .configuration_tve import TVEConfig
-from .images import load_image
+from .images import load_image, normalization
 from .modeling_tve import TVEExplainer
 from .patches import GridSize, as_pair, sample_patches
 
@@ -82,14 +82,14 @@ def config_for(classifier: SplitClassifier, grid_size: GridSize | None, hops: in
     rows, columns = classifier.default_grid() if grid_size is None else as_pair(grid_size)
     with torch.no_grad():
         output = classifier.backbone(**probe)
-    processor = classifier.image_processor
+    mean, std = normalization(classifier.image_processor)
     return TVEConfig(
         image_size=list(pixel_values.shape[-2:]),
         grid_size=rows if rows == columns else [rows, columns],
         hops=hops,
         embedding_dim=classifier.embedding_dim,
-        image_mean=list(processor.image_mean),
-        image_std=list(processor.image_std),
+        image_mean=mean,
+        image_std=std,
         feature_names=list(classifier.backbone.feature_names),
         feature_dims=[feature.shape[1] for feature in output.features],
         backbone_name=os.path.basename(classifier.name.rstrip("/"))

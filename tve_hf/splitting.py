@@ -17,16 +17,19 @@ from .wrapped import count_weights, has_adapters, placement, uncompiled
 
 # Depths, as shares of the blocks that the trace saw, at which an explainer reads feature maps.
 FEATURE_DEPTHS = (1 / 3, 2 / 3, 1.0)
-# The most heads that the logits may be a sum of; models that distil have two.
-MAX_HEADS = 4
+# The most heads that the logits may be a sum of; models that distil have two, some have one for each stage.
+MAX_HEADS = 8
+
+
+def tensors_in(value: Any) -> tuple[Tensor, ...]:
+    """The tensor itself, or those of a tuple, list or mapping."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else (value,)
+    return tuple(item for item in values if isinstance(item, Tensor))
 
 
 def first_tensor(value: Any) -> Tensor | None:
     """The tensor itself, or the first one of a tuple, list or mapping."""
-    if isinstance(value, Tensor):
-        return value
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return next((item for item in values if isinstance(item, Tensor)), None)
+    return next(iter(tensors_in(value)), None)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -63,6 +66,14 @@ def as_map(value: Tensor | None, height: int, width: int) -> Tensor | None:
     return None if grid is None else value[:, grid[0] :].transpose(1, 2).unflatten(2, grid[1:])
 
 
+def feature_in(output: Any, images: Tensor) -> Tensor | None:
+    """The first tensor of a module's output that `as_map` sees as a feature map of these images, (B, C, H, W)."""
+    for value in tensors_in(output):  # some have a row for each window or patch instead of each image
+        if value.shape[:1] == images.shape[:1] and as_map(value, *images.shape[-2:]) is not None:
+            return value
+    return None
+
+
 @contextmanager
 def hooked(handles: Iterator[Any]) -> Iterator[None]:
     """Keep hooks for the length of a with-block; they are removed whatever happens inside."""
@@ -82,7 +93,11 @@ class Call:
     name: str
     module: nn.Module
     given: Tensor
-    output: Tensor
+    outputs: tuple[Tensor, ...]
+
+    @property
+    def output(self) -> Tensor:
+        return self.outputs[0]
 
 
 def trace(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Tensor, list[Call]]:
@@ -99,9 +114,9 @@ def trace(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Ten
                 continue
 
             def record(module: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
-                given, result = first_tensor((*args, *kwargs.values())), first_tensor(output)
-                if name and given is not None and result is not None:
-                    calls.append(Call(name, module, given, result))
+                given, outputs = first_tensor((*args, *kwargs.values())), tensors_in(output)
+                if name and given is not None and outputs:
+                    calls.append(Call(name, module, given, outputs))
 
             yield module.register_forward_hook(record, with_kwargs=True)
 
@@ -115,6 +130,12 @@ def trace(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Ten
                 "set the size of its image processor to the model's"
                 f"{', or wrap the model to pass interpolate_pos_encoding=True' if interpolates else ''}."
             ) from error
+        except Exception as error:  # often an assert without a message
+            error.add_note(
+                f"{type(model).__name__} was given noise of shape {tuple(pixel_values.shape)}; if that is not what it "
+                "takes, pass image_processor=, one that makes images of its size."
+            )
+            raise
     return logits_of(output), calls
 
 
@@ -197,7 +218,8 @@ def find_candidates(calls: list[Call], logits_shape: torch.Size, num_weights: in
 def weighted_sum(logits: Tensor, candidates: list[Candidate]) -> list[Candidate]:
     """Choose the fewest last candidates of which the logits are a weighted sum, found by least squares."""
     wanted = logits.double().cpu()
-    for count in range(1, min(len(candidates), MAX_HEADS) + 1):
+    # As many weights as logits, and any candidates would do.
+    for count in range(1, min(len(candidates), MAX_HEADS, wanted.numel() - 1) + 1):
         last = candidates[-count:]
         shares = torch.stack([candidate.logits.double().cpu() for candidate in last], -1)  # (B, C, count)
         solution = torch.linalg.lstsq(shares.flatten(0, 1), wanted.flatten().unsqueeze(1)).solution.flatten()
@@ -240,11 +262,10 @@ def find_features(calls: list[Call], before: str, pixel_values: Tensor) -> tuple
     """Choose the blocks, at fixed shares of the depth, whose outputs are feature maps."""
     if pixel_values.ndim != 4:  # patches in a row, whose places in the image are not known
         return ()
-    height, width = pixel_values.shape[-2:]
     names = [c.name for c in calls]
     calls = [c for c in calls[: names.index(before)] if names.count(c.name) == 1]
     modules = {c.name: c.module for c in calls}
-    maps = [c.name for c in calls if as_map(c.output, height, width) is not None]
+    maps = [c.name for c in calls if feature_in(c.outputs, pixel_values) is not None]
     # Blocks are what stands in a list: `layers.3`, `stages.1`. Any module will do where a model has none.
     blocks = [name for name in maps if name.rpartition(".")[2].isdigit()] or maps
     outer = [n for n in blocks if not any(n.startswith(o + ".") and o in modules for o in blocks)]
@@ -254,15 +275,20 @@ def find_features(calls: list[Call], before: str, pixel_values: Tensor) -> tuple
 
 
 def check_inputs(model: nn.Module) -> None:
-    """Refuse a model that cannot be watched, or that reads tokens, as its `forward` says.
+    """Refuse a model that cannot be watched, that has no head, or that reads tokens, as its `forward` says.
 
     Raises:
-        ValueError: If it is compiled to TorchScript, or `forward` takes `input_ids`.
+        ValueError: If it is compiled to TorchScript, says `num_classes=0`, or `forward` takes `input_ids`.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
             f"Cannot split {type(model).__name__}: what happens inside TorchScript cannot be watched; pass the module "
             "that it was made from."
+        )
+    if getattr(model, "num_classes", None) == 0:
+        raise ValueError(
+            f"Cannot split {type(model).__name__}: it has no head (num_classes=0) and returns features; pass one with "
+            "classes, or put a head on it first."
         )
     names = inspect.signature(model.forward).parameters
     if "input_ids" in names:
@@ -273,8 +299,8 @@ def check_inputs(model: nn.Module) -> None:
         )
 
 
-def probe_like(model: nn.Module, image_processor: Any) -> dict[str, Tensor]:
-    """Noise in the place of two images, as the model takes them: pixel_values first, then what else it may read.
+def probe_like(model: nn.Module, image_processor: Any, num_images: int = 2) -> dict[str, Tensor]:
+    """Noise in the place of images, as the model takes them: pixel_values first, then what else it may read.
 
     On the model's device and in its dtype.
     """
@@ -294,8 +320,8 @@ def probe_like(model: nn.Module, image_processor: Any) -> dict[str, Tensor]:
         size = next((c.image_size for c in configs if getattr(c, "image_size", None)), 224)
         channels = next((c.num_channels for c in configs if getattr(c, "num_channels", None)), 3)
         shape = (channels, *as_pair(size))
-    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(num_images, *shape, generator=torch.Generator().manual_seed(0))
     return {"pixel_values": noise.to(device, dtype)} | {
-        name: value.to(device, dtype if value.is_floating_point() else None).repeat_interleave(2, 0)
+        name: value.to(device, dtype if value.is_floating_point() else None).repeat_interleave(num_images, 0)
         for name, value in others.items()
     }

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..classifiers import SplitClassifier
-from ..splitting import as_map, first_tensor, hooked
+from ..splitting import as_map, feature_in, hooked
 from ._gradients import class_evidence, differentiable
 
 
@@ -39,7 +39,7 @@ def explain(
         for name in names:
 
             def keep_output(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
-                value = first_tensor(output)
+                value = feature_in(output, pixel_values)
                 if value is not None:
                     outputs[name] = value
 
