@@ -33,6 +33,7 @@ LAYERS = {
     "cells": 0.7,
     "report": 0.7,
     "prompts": 0.5,
+    "split_model": 0.9,
     "zero_shot": 0.9,
     "token_drop": 0.8,
     "modeling_tve": 1,
