@@ -689,3 +689,27 @@ def test_embed_masked_does_not_depend_on_the_chunks_and_bounds_them(shared_model
         )
         assert sizes == chunks
     handle.remove()
+
+
+@torch.no_grad()
+def test_what_else_a_classifier_reads_goes_with_each_masked_image(shared_model, images) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cnn = shared_model("cnn")
+
+        def forward(self, pixel_values: Tensor, shift: Tensor) -> Tensor:
+            return self.cnn(pixel_values + shift.view(-1, 1, 1, 1))
+
+    def processor(image: object, return_tensors: str) -> dict[str, Tensor]:
+        return {"pixel_values": torch.zeros(1, 3, 32, 32), "shift": torch.zeros(1)}
+
+    classifier = split_classifier(Shifted().eval(), processor)
+    pixel_values, shift = images(3, 32), torch.tensor([0.0, 1.0, 2.0])
+    keep = torch.rand(3, 5, 16, generator=torch.Generator().manual_seed(0)) > 0.5
+    for chunk_size in (2, 10, 128):
+        found = classifier.embed_masked(pixel_values, keep, 4, chunk_size=chunk_size, shift=shift)
+        for b, k in itertools.product(range(3), range(5)):
+            image = _rebuilt(keep[b, k], pixel_values[b], 4, 4)
+            expected = classifier.embed(image.unsqueeze(0), shift=shift[b : b + 1])[0]
+            torch.testing.assert_close(found[b, k], expected, rtol=1e-4, atol=1e-5)

@@ -69,8 +69,8 @@ def road(pixel_values: Tensor, keep: Tensor) -> Tensor:
 
     Every removed pixel is the weighted mean of its neighbours in the image, 1/6 for direct and 1/12 for diagonal ones,
     plus normal noise of standard deviation 0.01 in normalised space, always the same. Where nothing is kept, the fill
-    is 0 plus noise. The sparse systems of all masks and channels are solved at once, by some hundred steps of
-    conjugate gradients on the pixels: far below the noise in error, but dearer than a small classifier's pass.
+    is 0 plus noise. The sparse systems of all masks and channels are solved at once, by a few hundred steps of
+    conjugate gradients on the pixels: the error is far below the noise, the cost above that of a small classifier.
     """
     images = pixel_values.float().unsqueeze(1)  # (B, 1, C, H, W)
     kept = keep.float()
