@@ -19,6 +19,7 @@ LAYERS = {
     "inputs": 0,
     "configuration_tve": 0,
     "strict_json": 0,
+    "files": 0,
     "splitting": 0.5,
     "parts": 0.7,
     "modeling_tve": 1,
@@ -30,7 +31,14 @@ LAYERS = {
     "methods": 2,
     "metrics": 2,
     "pipeline_tve": 2,
-    "pretrain": 3,
+    "pretraining_arguments": 2.3,
+    "pretraining_images": 2.4,
+    "pretraining_data": 2.5,
+    "pretraining_model": 2.5,
+    "checkpointing": 2.5,
+    "held_out": 2.5,
+    "publishing": 2.5,
+    "pretrain": 3.5,
     "benchmark": 3,
     "model_card": 3,
     "__init__": 4,
@@ -39,7 +47,14 @@ LAYERS = {
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Extras, and what they bring along: never needed to explain an image.
 HEAVY = ["accelerate", "captum", "datasets", "evaluate", "gradio", "matplotlib", "skimage", "sklearn", "timm"]
-TRAINING = {"benchmark", "pretrain"}
+TRAINING = {
+    "benchmark",
+    "checkpointing",
+    "pretrain",
+    "pretraining_arguments",
+    "pretraining_data",
+    "pretraining_images",
+}
 
 
 def _module(path: Path) -> str:

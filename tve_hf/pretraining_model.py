@@ -1,0 +1,80 @@
+"""The explainer that a pre-training run starts from: a new one, or one that is made over to another backbone."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .classifiers import SplitClassifier
+from .compatibility import fit
+from .configuration_tve import TVEConfig
+from .modeling_tve import TVEExplainer
+from .pretraining_arguments import PretrainArguments
+
+
+def config_for(classifier: SplitClassifier, grid_size: int, hops: int, **sizes: Any) -> TVEConfig:
+    """Describe an explainer for this classifier's backbone: its image, grid, features and fingerprint."""
+    pixel_values = classifier.probe()
+    with torch.no_grad():
+        output = classifier(pixel_values)
+    return TVEConfig(
+        image_size=list(pixel_values.shape[-2:]),
+        grid_size=grid_size,
+        hops=hops,
+        embedding_dim=classifier.embedding_dim,
+        feature_names=list(classifier.backbone.feature_names),
+        feature_dims=[feature.shape[1] for feature in output.features],
+        **_identity(classifier),
+        **sizes,
+    )
+
+
+def _identity(classifier: SplitClassifier) -> dict[str, Any]:
+    """What an explainer's config says of its backbone's name, weights and images."""
+    name, processor = classifier.name, classifier.image_processor
+    return {
+        "image_mean": list(processor.image_mean),
+        "image_std": list(processor.image_std),
+        "backbone_name": os.path.basename(name.rstrip("/")) if os.path.isdir(name) else name,
+        "backbone_fingerprint": classifier.fingerprint(),
+    }
+
+
+def build_explainer(args: PretrainArguments, classifier: SplitClassifier) -> tuple[TVEExplainer, SplitClassifier]:
+    """A new explainer, or that of `args.explainer` made over to this backbone; and the classifier that it reads."""
+    if args.explainer:
+        explainer = TVEExplainer.from_pretrained(args.explainer, dtype=torch.float32)
+        classifier = fit(explainer, classifier)
+        for name, value in _identity(classifier).items():
+            setattr(explainer.config, name, value)
+    else:
+        sizes = {
+            "hidden_size": args.hidden_size,
+            "num_hidden_layers": args.num_hidden_layers,
+            "num_attention_heads": args.num_attention_heads,
+            "intermediate_size": 4 * args.hidden_size,
+        }
+        explainer = TVEExplainer(config_for(classifier, args.grid_size, args.hops, **sizes))
+    explainer = explainer.to(classifier.device).train()
+    if explainer.empty_embedding is not None:
+        with torch.no_grad():
+            explainer.empty_embedding.copy_(classifier.embed(torch.zeros_like(classifier.probe()))[0])
+    return explainer, classifier
+
+
+def with_sizes_of_explainer(args: PretrainArguments) -> PretrainArguments:
+    """Let the settings say what `args.explainer` is.
+
+    Raises:
+        ValueError: If they say something else.
+    """
+    if not args.explainer:
+        return args
+    config = TVEConfig.from_pretrained(args.explainer)
+    names = ("grid_size", "hops", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    for name in names:
+        asked, found = getattr(args, name), getattr(config, name)
+        if asked not in (found, PretrainArguments.__dataclass_fields__[name].default):
+            raise ValueError(f"{args.explainer} has {name}={found}; leave {name}={asked} out to go on from it.")
+    return replace(args, **{name: getattr(config, name) for name in names})
