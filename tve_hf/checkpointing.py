@@ -17,9 +17,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
 
 # Of a stream whose length is unknown, this many images are read before the share of bad ones counts.
 MIN_IMAGES = 1000
@@ -157,8 +154,6 @@ class Progress:
 
     def note_bad(self, found: dict[str, str], share: float, number: int | None, read: int) -> None:
         """Count images that could not be read; raises ValueError if they are too many of `number`, or of `read`."""
-        for name in found.keys() - self.bad.keys():
-            logger.warning(f"Skipped {name}: {found[name]}")
         self.bad |= found
         if len(self.bad) > share * (number or max(read, MIN_IMAGES)):
             first = ", ".join(list(self.bad)[:5])

@@ -33,7 +33,7 @@ from .model_card import render_card
 from .modeling_tve import TVEExplainer
 from .patches import sample_patches
 from .pretraining_arguments import PretrainArguments, check
-from .pretraining_data import Batch, loader_of, steps_of
+from .pretraining_data import Batch, batches_of, steps_of
 from .pretraining_images import first_images, open_images
 from .pretraining_model import build_explainer, config_for, with_sizes_of_explainer
 from .publishing import prepare_repository, upload
@@ -132,7 +132,7 @@ class _Run:
             if "positions" in saved:
                 epoch, number = saved["positions"][self.rank]
                 self.position = epoch, number
-            logger.info(f"Resumed from step {self.done}.")
+            self.accelerator.print(f"Resumed from step {self.done}.")
 
     def loss(self, pixel_values: Tensor, mirrored: Tensor, patch_idx: Tensor) -> Any:
         """Eq. 8 on images (B, 3, H, W), mirrored where (B,) says so, and their patches, (B, k)."""
@@ -189,6 +189,9 @@ class _Run:
         found = {
             name: reason for batch in gather_object([batch.bad for batch in batches]) for name, reason in batch.items()
         }
+        if self.accelerator.is_main_process:
+            for name in found.keys() - self.progress.bad.keys():
+                logger.warning(f"Skipped {name}: {found[name]}")
         self.progress.note_bad(found, self.args.max_bad_images, self.images.number, self.done * self.per_step)
 
     def mean_losses(self) -> Tensor:
@@ -271,11 +274,10 @@ def pretrain(args: PretrainArguments) -> TVEExplainer:
     args, accelerator = run.args, run.accelerator
     told = {name: value for name, value in asdict(args).items() if isinstance(value, int | float | str)}
     accelerator.init_trackers("pretrain", told)
-    loader = loader_of(args, run.images, run.classifier, run.rank, run.world, run.steps, run.done, run.position)
     bar = tqdm(total=run.steps, initial=run.done, disable=not accelerator.is_main_process, unit="step")
     start, begun = time.perf_counter(), run.done
-    with StopSignals() as signals, bar:
-        stream = iter(loader)
+    own = args, run.images, run.classifier, run.rank, run.world, run.steps, run.done, run.position
+    with StopSignals() as signals, bar, batches_of(*own) as stream:
         while run.done < run.steps:
             batches: list[Batch] = [next(stream) for _ in range(args.gradient_accumulation_steps)]
             counts = [sum(len(batch.places) for batch in batches), sum(len(batch.bad) for batch in batches)]
@@ -299,7 +301,9 @@ def pretrain(args: PretrainArguments) -> TVEExplainer:
             if run.done % args.logging_steps == 0:
                 accelerator.log(shown | {"learning_rate": run.schedule.get_last_lr()[0]}, run.done)
             if run.done % args.save_steps == 0 or run.done == run.steps:
-                bar.write(dumps(run.report(rate)))
+                row = run.report(rate)
+                if accelerator.is_main_process:
+                    bar.write(dumps(row))
                 run.save()
                 start, begun = time.perf_counter(), run.done
     return run.finish()

@@ -4,9 +4,12 @@ The order is made in the training process and images are decoded in its workers,
 they answer changes which images a step sees.
 """
 
+import os
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -149,7 +152,8 @@ def steps_of(args: PretrainArguments, images: Images, world: int) -> int:
     return args.max_steps or args.num_epochs * max(1, images.number // per_step)
 
 
-def loader_of(
+@contextmanager
+def batches_of(
     args: PretrainArguments,
     images: Images,
     classifier: SplitClassifier,
@@ -158,8 +162,8 @@ def loader_of(
     steps: int,
     done: int,
     position: tuple[int, int],
-) -> DataLoader:
-    """Load this process's batches from step `done` on; a stream goes on from `position`."""
+) -> Iterator[Iterator[Batch]]:
+    """Load this process's batches, in a with-block, from step `done` on; a stream goes on from `position`."""
     order: Order | Stream
     crop_seed = f"{args.seed}"
     if isinstance(images.data, Dataset):
@@ -170,20 +174,30 @@ def loader_of(
         images = images._replace(data=split_dataset_by_node(shuffled, rank, world))
         order = Stream(images, args.batch_size, position)
         crop_seed += f" {rank}"  # the numbers count this process's images
-    return DataLoader(
+    closing = torch.multiprocessing.Event()
+    loader = DataLoader(
         Decoder(images, classifier, crop_seed if args.random_resized_crop else None),
         batch_sampler=order,  # type: ignore[arg-type]
         collate_fn=_as_it_is,
         num_workers=args.dataloader_num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_stop_signals,
+        worker_init_fn=partial(_outlive_signals, closing),
     )
+    try:
+        yield iter(loader)
+    finally:
+        closing.set()
 
 
-def _ignore_stop_signals(worker: int) -> None:
-    """A signal to the whole process group must leave the workers to the training process, which ends with them."""
+def _outlive_signals(closing: Any, worker: int) -> None:
+    """Let a worker live on when a signal to stop reaches the whole process group: there is a checkpoint to write."""
+
+    def end(number: int, frame: Any) -> None:
+        if closing.is_set():
+            os._exit(0)
+
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, end)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -49,6 +49,8 @@ def open_images(args: PretrainArguments, files: list[str], split: str, streaming
         raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
     except FileNotFoundError as error:
         raise ValueError(f"{name} was not found: {error}") from error
+    except ValueError as error:  # of a split or configuration that is not there, or of no data at all
+        raise ValueError(f"{name} cannot be opened, or is empty: {error}") from error
     if isinstance(data, IterableDataset) and data.features is None:
         data = data._resolve_features()  # by looking at the first rows
     features = data.features or {}
@@ -73,7 +75,7 @@ def _load(args: PretrainArguments, files: list[str], split: str, streaming: bool
         if split not in saved:
             raise ValueError(f"{folder} has no split {split!r}; choose among {', '.join(saved)}.")
         saved = saved[split]
-    return saved.to_iterable_dataset(num_shards=min(64, max(1, len(saved)))) if streaming else saved
+    return saved.to_iterable_dataset(num_shards=min(64, len(saved))) if streaming and len(saved) else saved
 
 
 def _number(data: IterableDataset, split: str) -> int | None:
