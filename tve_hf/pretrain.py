@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from .attribution import exact_meta_attribution
@@ -35,7 +34,7 @@ from .patches import sample_patches
 from .pretraining_arguments import PretrainArguments, check
 from .pretraining_data import Batch, batches_of, steps_of
 from .pretraining_images import first_images, open_images
-from .pretraining_model import build_explainer, config_for, with_sizes_of_explainer
+from .pretraining_model import build_explainer, build_optimizer, config_for, with_sizes_of_explainer
 from .publishing import prepare_repository, upload
 from .strict_json import dumps
 
@@ -101,13 +100,7 @@ class _Run:
         args, accelerator = self.args, self.accelerator
         if args.torch_compile:
             explainer.compile()
-        decay = [p for p in explainer.parameters() if p.ndim > 1]
-        rest = [p for p in explainer.parameters() if p.ndim <= 1]
-        groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
-        # Accelerate steps a prepared schedule once for each process.
-        warmup, end = (number * self.world for number in (int(args.warmup_ratio * self.steps), self.steps))
-        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, end)
+        optimizer, schedule = build_optimizer(args, explainer, self.steps, self.world)
         deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
         if deepspeed is not None:  # which would ask the loader, if Accelerate prepared it
             deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size

@@ -1,10 +1,12 @@
-"""The explainer that a pre-training run starts from: a new one, or one that is made over to another backbone."""
+"""What a pre-training run trains: a new explainer, or one that is made over to another backbone; and how."""
 
 import os
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_cosine_schedule_with_warmup
 
 from .classifiers import SplitClassifier
 from .compatibility import fit
@@ -78,3 +80,16 @@ def with_sizes_of_explainer(args: PretrainArguments) -> PretrainArguments:
         if asked not in (found, PretrainArguments.__dataclass_fields__[name].default):
             raise ValueError(f"{args.explainer} has {name}={found}; leave {name}={asked} out to go on from it.")
     return replace(args, **{name: getattr(config, name) for name in names})
+
+
+def build_optimizer(
+    args: PretrainArguments, explainer: TVEExplainer, steps: int, world: int
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """AdamW and its schedule: a rise, then half a cosine down to 0 at the last of `steps`."""
+    decay = [p for p in explainer.parameters() if p.ndim > 1]
+    rest = [p for p in explainer.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+    # Accelerate steps a prepared schedule once for each process.
+    warmup, end = (number * world for number in (int(args.warmup_ratio * steps), steps))
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, end)
