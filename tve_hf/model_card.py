@@ -96,6 +96,37 @@ def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, d
     }
 
 
+def _pretrained_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Of an explainer that has been measured by nothing but its own run."""
+    training = read_json(folder / "training.json")
+    last, bad = training["log"][-1], training.get("bad_images", {"number": 0})
+    lines = {
+        "median Spearman with exact": "spearman",
+        "relative error of kept": "kept_error",
+        "relative error of removed": "removed_error",
+        "median ε of Theorem 1": "epsilon",
+        "Fidelity+ − Fidelity− AUC of its maps": "fidelity_gap",
+        "the same of exact maps": "exact_fidelity_gap",
+    }
+    measured = [[title, f"{float(last[key]):.3f}"] for title, key in lines.items() if key in last]
+    side = config["grid_size"]
+    rows, columns = side if isinstance(side, list) else (side, side)
+    given = training["arguments"].items()
+    told = {name: value for name, value in given if name != "output_dir" and value not in (None, [], False, 0)}
+    return {
+        "backbone": config["backbone_name"],
+        "fingerprint": config["backbone_fingerprint"],
+        "grid": f"{rows} × {columns}",
+        "image": " × ".join(str(side) for side in config["image_size"]),
+        "hops": str(config["hops"]),
+        "embedding_dim": str(config["embedding_dim"]),
+        "steps": str(last["step"]),
+        "measured": _table([["held-out images", ""], *measured]) if measured else "It was not measured.",
+        "bad_images": str(bad["number"]),
+        "settings": "\n".join(f"- `{name}`: `{value}`" for name, value in told.items()),
+    }
+
+
 def _classifier_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
     training = read_json(folder / "training.json")
     accuracy = training["test_accuracy"] if "test_accuracy" in training else training["log"][-1]["test_accuracy"]
@@ -109,12 +140,17 @@ def _classifier_values(folder: Path, config: dict[str, Any], results: dict[str, 
     }
 
 
-# How a checkpoint is described, by its model_type: template, its values, and metadata for the Hub.
+# How a checkpoint is described, by its model_type and whether there are results: template, values, Hub metadata.
 _KINDS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "tve": (
         "explainer.md",
         _explainer_values,
         {"pipeline_tag": "image-classification", "tags": ["tve_hf", "explainability"]},
+    ),
+    "tve alone": (
+        "pretrained.md",
+        _pretrained_values,
+        {"pipeline_tag": "image-classification", "tags": ["tve_hf", "explainability"], "license": None},
     ),
 }
 _CLASSIFIER = ("classifier.md", _classifier_values, {"pipeline_tag": "image-classification", "tags": ["tve_hf"]})
@@ -131,7 +167,8 @@ def render_card(folder: Path, results: list[Path]) -> ModelCard:
         ValueError: If a file or a number is missing.
     """
     config = read_json(folder / "config.json")
-    template, values_of, metadata = _KINDS.get(config["model_type"], _CLASSIFIER)
+    kind = config["model_type"] if results else f"{config['model_type']} alone"
+    template, values_of, metadata = _KINDS.get(kind, _CLASSIFIER)
     reports = {path.stem: read_json(path) for path in results}
     try:
         values = values_of(folder, config, reports) | {"name": folder.name}
@@ -140,5 +177,5 @@ def render_card(folder: Path, results: list[Path]) -> ModelCard:
             f"The card of {folder} lacks a number ({error!r}): training.json or a report is incomplete; make it again."
         ) from error
     text = Template((TEMPLATES / template).read_text()).substitute(values)
-    data = ModelCardData(license="cc-by-nc-4.0", library_name="transformers", **metadata)
+    data = ModelCardData(**({"license": "cc-by-nc-4.0", "library_name": "transformers"} | metadata))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
