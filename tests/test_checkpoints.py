@@ -11,7 +11,7 @@ import tve_hf
 from tve_hf.benchmark import EvaluateArguments, evaluate
 from tve_hf.judge import agreement
 from tve_hf.model_card import render_card
-from tve_hf.pipeline_tve import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
+from tve_hf.released import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "model_cards" / "results"

@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from tve_hf import TVEExplainer
 from tve_hf.cli import main
 from tve_hf.hub import prepare
-from tve_hf.pipeline_tve import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
+from tve_hf.released import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
 
 ROOT = Path(__file__).parents[1]
 REPORTS = sorted((ROOT / "model_cards" / "results").glob("*.json"))

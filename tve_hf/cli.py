@@ -1,4 +1,4 @@
-"""The command line: tve-hf explain | pretrain | evaluate | card | push."""
+"""The command line: tve-hf explain | info | pretrain | evaluate | card | push."""
 
 import argparse
 import os
@@ -150,6 +150,30 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def info(arguments: list[str]) -> int:
+    """Say what a classifier is, how it splits, and which explainers fit it."""
+    parser = argparse.ArgumentParser("tve-hf info", description=info.__doc__)
+    parser.add_argument("classifier", help="name or folder of an image classifier")
+    parser.add_argument(
+        "--explainers", nargs="+", metavar="NAME", help="folders or repositories to try; the released ones by default"
+    )
+    parser.add_argument("--author", help="also try the explainers of this user or organisation of the Hub")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    args = parser.parse_args(arguments)
+
+    from transformers.utils import logging
+
+    from .info import describe, explainers_of, text_of
+    from .released import EXPLAINERS
+
+    logging.disable_progress_bar()
+    names = args.explainers or ([] if args.author else [*EXPLAINERS])
+    names += explainers_of(args.author) if args.author else []
+    found = describe(args.classifier, names)
+    print(dumps(found, indent=1) if args.json else text_of(found))
+    return 0
+
+
 def pretrain(arguments: list[str]) -> int:
     """Pre-train an explainer for a classifier's backbone on unlabelled images."""
     from transformers import HfArgumentParser
@@ -220,6 +244,7 @@ def push(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "explain": explain,
+    "info": info,
     "pretrain": pretrain,
     "evaluate": evaluate,
     "card": card,
