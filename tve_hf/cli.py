@@ -206,7 +206,13 @@ def card(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser("tve-hf card", description=card.__doc__)
     parser.add_argument("folder", type=Path, help="checkpoint folder with config.json and training.json")
-    parser.add_argument("--results", type=Path, nargs="*", default=[], help="reports of tve-hf evaluate, <task>.json")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="folders that tve-hf evaluate wrote",
+    )
     parser.add_argument("--output", type=Path, required=True, help="where the card goes")
     args = parser.parse_args(arguments)
     _write(args.output, render_card(args.folder, args.results).save)
@@ -214,11 +220,17 @@ def card(arguments: list[str]) -> int:
 
 
 def push(arguments: list[str]) -> int:
-    """Push a checkpoint with its card to the Hub in one commit; without --yes only say what would be sent."""
+    """Push a checkpoint, its code and its card to the Hub in one commit; without --yes only say what would be sent."""
     parser = argparse.ArgumentParser("tve-hf push", description=push.__doc__)
     parser.add_argument("folder", type=Path, help="checkpoint folder with config.json and training.json")
     parser.add_argument("repo_id", metavar="REPO_ID", help="repository to create or update, such as owner/name")
-    parser.add_argument("--results", type=Path, nargs="*", default=[], help="reports of tve-hf evaluate, <task>.json")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="folders that tve-hf evaluate wrote",
+    )
     parser.add_argument("--card", type=Path, help="card to push if it says what the results say; rendered by default")
     parser.add_argument("--private", action="store_true", default=None, help="create a private repository")
     parser.add_argument("--branch", help="branch to commit to, created where it does not exist; main by default")
