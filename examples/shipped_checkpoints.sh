@@ -37,13 +37,15 @@ ship $runs/explainer $explainer
 for task in tiny_imagenet cats_vs_dogs; do
     classifier=$([ $task = tiny_imagenet ] && echo $vit || echo $pets)
     tve-hf evaluate --classifier "$classifier" --model $explainer --num_images 300 \
-        --test_files "$data/$task/test-*.parquet" --output_file $results/$task.json
+        --test_files "$data/$task/test-*.parquet" --output_dir $runs/results/$task
+    mkdir -p $results/$task
+    install -m 644 $runs/results/$task/report.json $runs/results/$task/table.md $results/$task/
 done
 
 for folder in $vit $pets; do
     tve-hf card $folder --output "model_cards/$(basename $folder).md"
 done
-tve-hf card $explainer --results $results/tiny_imagenet.json $results/cats_vs_dogs.json \
+tve-hf card $explainer --results $results/tiny_imagenet $results/cats_vs_dogs \
     --output "model_cards/$(basename $explainer).md"
 tve-hf explain --output docs
 rm docs/chelsea.json

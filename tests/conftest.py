@@ -11,7 +11,8 @@ import pytest
 import torch
 import torchvision_ops as torchvision_ops  # before transformers, which imports torchvision where there is one
 from hub_server import Hub
-from tiny import save_pair
+from stranger import link_packages
+from tiny import noise_image, save_pair
 from torch import Tensor, nn
 from transformers import (
     BeitConfig,
@@ -305,3 +306,38 @@ def online(hub: Hub, pair: tuple[Path, Path]) -> Hub:
     for name, folder in zip(("org/vit", "org/tve"), pair, strict=True):
         hub.add(name, {path.name: path.read_bytes() for path in folder.iterdir()})
     return hub
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with transformers, torch, pillow and what they require, and without this package."""
+    return link_packages(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="session")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What `evaluate` writes for the shipped explainer on two tasks of two noise images each, one folder for each."""
+    import datasets
+
+    from tve_hf.benchmark import EvaluateArguments, evaluate
+    from tve_hf.released import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
+
+    folder = tmp_path_factory.mktemp("reports")
+    rows = {"image": [noise_image(seed) for seed in range(2)], "label": [0, 1]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    tasks = {"tiny_imagenet": DEFAULT_CLASSIFIER, "cats_vs_dogs": CHECKPOINTS / "vit-tiny-cats-vs-dogs"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "noise.parquet")
+        for task, classifier in tasks.items():
+            arguments = EvaluateArguments(
+                classifier=str(classifier),
+                model=str(DEFAULT_EXPLAINER),
+                test_files=[str(folder / "noise.parquet")],
+                output_dir=str(folder / task),
+                methods=["random"],
+                removals=["zero", "blur"],
+                num_gallery=0,
+            )
+            evaluate(arguments)
+    return [folder / task for task in tasks]

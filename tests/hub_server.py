@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from huggingface_hub import ModelCard
 
 
 @dataclass
@@ -237,6 +239,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.add(name, {}, private=asked.get("visibility") == "private")
         return url
 
+    def _list(self) -> Any:
+        asked, user = parse_qs(urlsplit(self.path).query), self._user()
+        author, wanted = asked.get("author", [""])[0], set(asked.get("filter", []))
+        found = []
+        for name, repo in self.hub.repos.items():
+            card = repo.commits[repo.branches["main"]].get("README.md", Entry(b"", lfs=False)).content.decode()
+            tags = ModelCard(card).data.tags or []
+            seen = not repo.private or (user is not None and user.may_read(name))
+            if name.startswith(f"{author}/") and wanted <= set(tags) and seen:
+                found.append({"id": name, "private": repo.private, "tags": tags})
+        return found
+
     def _info(self, repo: str, revision: str = "main") -> Any:
         found = self._repo(repo)
         sha = self._sha(found, revision)
@@ -335,6 +349,7 @@ _REPO, _REVISION = r"(?P<repo>[\w.-]+/[\w.-]+)", "(?P<revision>[^/]+)"
 _ROUTES: dict[str, Callable[..., Any]] = {
     "GET /api/whoami-v2": _Handler._whoami,
     "POST /api/repos/create": _Handler._create,
+    "GET /api/models": _Handler._list,
     f"GET /api/models/{_REPO}(/revision/{_REVISION})?": _Handler._info,
     f"GET /api/models/{_REPO}/tree/{_REVISION}(/.*)?": _Handler._tree,
     f"POST /api/models/{_REPO}/branch/(?P<branch>[^/]+)": _Handler._branch,

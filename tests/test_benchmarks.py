@@ -29,3 +29,11 @@ def test_fidelity_is_compared_with_the_passes_that_it_needs(tmp_path, monkeypatc
     assert report["passes_per_image"] == 8
     assert report["ratio"] == pytest.approx(report["fidelity_seconds"] / report["bare_seconds"], rel=0.05)
     assert report["num_images"] == 3
+
+
+@pytest.mark.slow
+def test_import_time_compares_two_imports(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["import_time.py", "--repeats", "1"])
+    runpy.run_path(str(ROOT / "import_time.py"), run_name="__main__")
+    report = json.loads(capsys.readouterr().out)
+    assert report["ratio"] == pytest.approx(report["tve_hf_seconds"] / report["transformers_seconds"], rel=0.01)

@@ -23,6 +23,7 @@ LAYERS = {
     "strict_json": 0,
     "comparison": 0,
     "remote_code": 0,
+    "released": 0,
     "plots": 0,
     "heads": 0,
     "wrapped": 0,
@@ -61,6 +62,7 @@ LAYERS = {
     "pretrain": 3.5,
     "benchmark": 3,
     "model_card": 3,
+    "info": 3,
     "hub": 3.5,
     "__init__": 4,
     "cli": 4.5,  # a user of the package's public names
@@ -166,7 +168,7 @@ print(json.dumps({"loaded": loaded, "own": own, "missing": public, "task": tasks
     assert not set(found["loaded"]) & (set(HEAVY) - {"accelerate"})  # which transformers itself imports
     assert "torch" in found["loaded"]
     own = {name.removeprefix("tve_hf.") for name in found["own"]}
-    assert not own & {"pretrain", "benchmark", "model_card", "cli"}
+    assert not own & {"pretrain", "benchmark", "model_card", "hub", "info", "remote_code", "cli"}
     assert not any(name.startswith("methods.") for name in own)  # each is imported when it is asked for
     assert found["missing"] == []
     assert found["task"]

@@ -1,32 +1,14 @@
 """A saved explainer with its code, used where this package is not installed, and where it is."""
 
 import json
-import os
-import subprocess
-import sys
-from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import pytest
-from packaging.requirements import Requirement
+from stranger import explain_elsewhere
 from tiny import noise_image, save_pair
 from transformers import pipeline
 
 from tve_hf.remote_code import add_remote_code, code_files
-
-STRANGER = """
-import json
-import sys
-import numpy as np
-from PIL import Image
-from transformers import pipeline
-model, classifier, image, trust = sys.argv[1:]
-kwargs = {"trust_remote_code": True} if trust == "trust" else {}
-explain = pipeline("transferable-attribution", model=model, classifier=classifier, **kwargs)
-(result,) = explain(Image.open(image), verify=4)
-print(json.dumps({"attribution": result["attribution"].tolist(), "module": type(explain).__module__}))
-"""
 
 
 @pytest.fixture
@@ -36,52 +18,11 @@ def pair(tmp_path):
     return classifier, explainer, tmp_path / "noise.png"
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """An environment with transformers, torch, pillow and what they require: links to the installed packages."""
-    folder, wanted, seen = tmp_path_factory.mktemp("site"), ["transformers", "torch", "pillow"], set()
-    while wanted:
-        name = wanted.pop()
-        try:
-            distribution = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue  # required on other platforms
-        if distribution.name in seen:
-            continue
-        seen.add(distribution.name)
-        for text in distribution.requires or []:
-            requirement = Requirement(text)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                wanted.append(requirement.name)
-        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
-            link = folder / top
-            if not link.exists():
-                link.symlink_to(distribution.locate_file(top))
-    assert {"transformers", "torch", "PIL"} <= {path.name for path in folder.iterdir()}
-    assert not {"tve_hf", "accelerate", "datasets", "scipy"} & {path.name for path in folder.iterdir()}
-    return folder
-
-
-def stranger(site: Path, pair, cache: Path, trust: str = "trust") -> subprocess.CompletedProcess:
-    classifier, explainer, image = pair
-    environment = {
-        "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(site),
-        "HF_HOME": str(cache),
-        "HF_MODULES_CACHE": str(cache / "modules"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    arguments = [str(explainer), str(classifier), str(image), trust]
-    return subprocess.run(
-        [sys.executable, "-S", "-c", STRANGER, *arguments], capture_output=True, text=True, env=environment, cwd=cache
-    )
-
-
 def test_works_without_the_package(site, pair, tmp_path):
     classifier, explainer, image = pair
     ours = pipeline("transferable-attribution", model=str(explainer), classifier=str(classifier))(str(image))
     add_remote_code(explainer)
-    found = stranger(site, pair, tmp_path)
+    found = explain_elsewhere(site, explainer, classifier, image, tmp_path)
     assert found.returncode == 0, found.stderr[-2000:]
     result = json.loads(found.stdout.splitlines()[-1])
     assert result["module"].startswith("transformers_modules.")
@@ -91,7 +32,7 @@ def test_works_without_the_package(site, pair, tmp_path):
 def test_runs_nothing_unless_trusted(site, pair, tmp_path):
     add_remote_code(pair[1])
     (pair[1] / "pipeline_tve.py").write_text("open('ran', 'w')\n")
-    found = stranger(site, pair, tmp_path, trust="")
+    found = explain_elsewhere(site, pair[1], pair[0], pair[2], tmp_path, trust=False)
     assert found.returncode != 0 and "trust_remote_code" in found.stderr
     assert not (tmp_path / "ran").exists() and not list((tmp_path / "modules").rglob("*tve*"))
 

@@ -13,7 +13,8 @@ from .classifiers import SplitClassifier, split_classifier
 from .configuration_tve import TVEConfig
 from .fidelity import fidelity
 from .modeling_tve import TVEExplainer, TVEExplainerOutput
-from .pipeline_tve import DEFAULT_EXPLAINER, TransferableAttributionPipeline
+from .pipeline_tve import TransferableAttributionPipeline
+from .released import DEFAULT_EXPLAINER
 
 __version__ = "0.1.0"
 

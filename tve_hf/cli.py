@@ -1,4 +1,4 @@
-"""The command line: tve-hf explain | pretrain | evaluate | card | push."""
+"""The command line: tve-hf explain | info | pretrain | evaluate | card | push."""
 
 import argparse
 import sys
@@ -140,6 +140,30 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def info(arguments: list[str]) -> int:
+    """Say what a classifier is, how it splits, and which explainers fit it."""
+    parser = argparse.ArgumentParser("tve-hf info", description=info.__doc__)
+    parser.add_argument("classifier", help="name or folder of an image classifier")
+    parser.add_argument(
+        "--explainers", nargs="+", metavar="NAME", help="folders or repositories to try; the released ones by default"
+    )
+    parser.add_argument("--author", help="also try the explainers of this user or organisation of the Hub")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    args = parser.parse_args(arguments)
+
+    from transformers.utils import logging
+
+    from .info import describe, explainers_of, text_of
+    from .released import EXPLAINERS
+
+    logging.disable_progress_bar()
+    names = args.explainers or ([] if args.author else [*EXPLAINERS])
+    names += explainers_of(args.author) if args.author else []
+    found = describe(args.classifier, names)
+    print(dumps(found, indent=1) if args.json else text_of(found))
+    return 0
+
+
 def pretrain(arguments: list[str]) -> int:
     """Pre-train an explainer for a classifier's backbone on unlabelled images."""
     from transformers import HfArgumentParser
@@ -172,7 +196,13 @@ def card(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser("tve-hf card", description=card.__doc__)
     parser.add_argument("folder", type=Path, help="checkpoint folder with config.json and training.json")
-    parser.add_argument("--results", type=Path, nargs="*", default=[], help="reports of tve-hf evaluate, <task>.json")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="folders that tve-hf evaluate wrote",
+    )
     parser.add_argument("--output", type=Path, required=True, help="where the card goes")
     args = parser.parse_args(arguments)
     _write(args.output, render_card(args.folder, args.results).save)
@@ -180,11 +210,17 @@ def card(arguments: list[str]) -> int:
 
 
 def push(arguments: list[str]) -> int:
-    """Push a checkpoint with its card to the Hub in one commit; without --yes only say what would be sent."""
+    """Push a checkpoint, its code and its card to the Hub in one commit; without --yes only say what would be sent."""
     parser = argparse.ArgumentParser("tve-hf push", description=push.__doc__)
     parser.add_argument("folder", type=Path, help="checkpoint folder with config.json and training.json")
     parser.add_argument("repo_id", metavar="REPO_ID", help="repository to create or update, such as owner/name")
-    parser.add_argument("--results", type=Path, nargs="*", default=[], help="reports of tve-hf evaluate, <task>.json")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="folders that tve-hf evaluate wrote",
+    )
     parser.add_argument("--card", type=Path, help="card to push if it says what the results say; rendered by default")
     parser.add_argument("--private", action="store_true", default=None, help="create a private repository")
     parser.add_argument("--branch", help="branch to commit to, created where it does not exist; main by default")
@@ -210,6 +246,7 @@ def push(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "explain": explain,
+    "info": info,
     "pretrain": pretrain,
     "evaluate": evaluate,
     "card": card,

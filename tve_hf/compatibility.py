@@ -1,18 +1,124 @@
-"""Does this explainer fit that classifier?"""
+"""Does this explainer fit that classifier, and which one does?"""
 
-from typing import Any
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.utils import logging
 
 from .classifiers import SplitClassifier
+from .configuration_tve import TVEConfig
 from .fingerprint import match
 from .images import normalization
 from .modeling_tve import TVEExplainer
+from .weights import CONFIG, open_source
 from .wrapped import named_weights
 
 logger = logging.get_logger(__name__)
+
+# As two fingerprints compare; "unknown" if the explainer, otherwise fitting, holds none or cannot be read.
+Fit = Literal["same weights", "same architecture, other weights", "no", "unknown"]
+_PREFERRED: tuple[Fit, ...] = ("same weights", "same architecture, other weights")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an explainer fits a classifier, the reason as a clause about the explainer, and what to do if not."""
+
+    fit: Fit
+    reason: str
+    remedy: str = ""
+
+
+def verdict(config: TVEConfig, classifier: SplitClassifier, image_processor: Any = None) -> Verdict:
+    """Compare what an explainer was made for with a classifier; its weights are not needed.
+
+    Args:
+        config: of the explainer.
+        classifier: whose backbone it should be.
+        image_processor: what makes the classifier's images, by default its own.
+    """
+    remedy = f"use an explainer pre-trained for {classifier.name}, or pre-train one with `tve-hf pretrain`"
+    if config.embedding_dim != classifier.embedding_dim:
+        reason = (
+            f"predicts embeddings of {config.embedding_dim} dimensions, but the head of {classifier.name} reads "
+            f"{classifier.embedding_dim}"
+        )
+        return Verdict("no", reason, remedy)
+    probe = classifier.probe()
+    if probe.ndim != 4:
+        reason = (
+            f"reads images of one grid, but {classifier.name} takes rows of patches, whose grid depends on the image"
+        )
+        return Verdict("no", reason, 'use `tve_hf.methods.explain("exact", ...)` for it')
+    size = tuple(probe.shape[-2:])
+    if size != config.image_shape:
+        reason = f"was made for images of {config.image_shape} pixels, but {classifier.name} takes {size}"
+        return Verdict("no", reason, remedy)
+    processor = image_processor or classifier.image_processor
+    named_values = () if processor is None else zip(("image_mean", "image_std"), normalization(processor), strict=True)
+    for name, theirs in named_values:
+        own = getattr(config, name)
+        if own is not None and not torch.allclose(torch.tensor(own), torch.tensor(theirs), atol=1e-4):
+            reason = f"expects {name}={list(own)}, but the image processor of {classifier.name} has {theirs}"
+            return Verdict("no", reason, remedy)
+    found: Fit = "unknown"
+    reason = "fits by its shapes, and holds no fingerprint of the weights that it was pre-trained for"
+    if config.backbone_fingerprint is not None:
+        found = match(config.backbone_fingerprint, classifier.fingerprint())
+        whose = f"was pre-trained for the backbone {config.backbone_name!r}"
+        reason = {
+            "same weights": f"{whose}, which has the weights of {classifier.name}",
+            "same architecture, other weights": f"{whose}, which has other weights than {classifier.name}",
+            "no": f"{whose}, which is not that of {classifier.name}",
+        }[found]
+    if found != "no":
+        try:
+            classifier.reading(tuple(config.feature_names))
+        except ValueError as error:
+            found, reason = "no", f"reads feature maps that are not there: {str(error).rstrip('.')}"
+    return Verdict(found, reason, remedy)
+
+
+def verdict_by_name(name: str, classifier: SplitClassifier, image_processor: Any = None) -> Verdict:
+    """The verdict on an explainer of which only config.json is read; "unknown" if it cannot be."""
+    try:
+        path = open_source(name).file(CONFIG)
+        stored = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        if stored.get("model_type") != TVEConfig.model_type:
+            return Verdict("no", "is no explainer", "pass the name of one")
+        config = TVEConfig.from_dict(stored)
+    except (OSError, ValueError, AttributeError, StrictDataclassError) as error:
+        return Verdict("unknown", f"cannot be read: {' '.join(str(error).split()).rstrip('.')}")
+    return verdict(config, classifier, image_processor)
+
+
+def find(names: Iterable[str], classifier: SplitClassifier, image_processor: Any = None) -> str:
+    """Return the first of these explainers that was pre-trained for the classifier's weights, or else architecture.
+
+    Raises:
+        ValueError: If none fits; the message says why, and what else can be done at what cost.
+    """
+    found = {name: verdict_by_name(name, classifier, image_processor) for name in names}
+    for wanted in _PREFERRED:
+        for name, judged in found.items():
+            if judged.fit == wanted:
+                return name
+    try:
+        rows, columns = classifier.default_grid()
+        cost = f"2·{rows * columns} masked passes for an image on a grid of {rows} x {columns}"
+    except ValueError:  # no grid divides its images
+        cost = "two masked passes for each patch"
+    reasons = "; ".join(f"{name} {judged.reason}" for name, judged in found.items())
+    raise ValueError(
+        f"No released explainer fits {classifier.name}: {reasons}. Pass one as model=, pre-train one with `tve-hf "
+        f"pretrain --classifier {classifier.name} --train_files IMAGES --output_dir FOLDER`, or do without: "
+        f'`tve_hf.methods.explain("exact", ...)` takes {cost}.'
+    )
 
 
 def fit(explainer: TVEExplainer, classifier: SplitClassifier, image_processor: Any = None) -> SplitClassifier:
@@ -30,52 +136,21 @@ def fit(explainer: TVEExplainer, classifier: SplitClassifier, image_processor: A
         ValueError: If D, image size, normalisation, architecture or feature maps differ, the classifier is in train
             mode, or weights are not finite; the message names both and what to do.
     """
-    config = explainer.config
     named = f"The explainer {explainer.name_or_path or type(explainer).__name__}"
-    remedy = f"use an explainer pre-trained for {classifier.name}, or pre-train one with `tve-hf pretrain`"
     if classifier.training:
         raise ValueError(f"{classifier.name} is in train mode, where dropout is active; call classifier.eval() first.")
-    if config.embedding_dim != classifier.embedding_dim:
-        raise ValueError(
-            f"{named} predicts embeddings of {config.embedding_dim} dimensions, but the head of "
-            f"{classifier.name} reads {classifier.embedding_dim}; {remedy}."
+    judged = verdict(explainer.config, classifier, image_processor)
+    if judged.fit == "no":
+        raise ValueError(f"{named} {judged.reason}; {judged.remedy}.")
+    if judged.fit == "same architecture, other weights":
+        logger.warning(
+            f"{classifier.name} has other backbone weights than {explainer.config.backbone_name!r}, which the "
+            "explainer was pre-trained for, as after full fine-tuning: expect worse maps, and check them with "
+            "verify=16."
         )
-    probe = classifier.probe()
-    if probe.ndim != 4:
-        raise ValueError(
-            f"{named} reads images of one grid, but {classifier.name} takes rows of patches, whose grid depends on "
-            'the image; use `tve_hf.methods.explain("exact", ...)` for it.'
-        )
-    size = tuple(probe.shape[-2:])
-    if size != config.image_shape:
-        raise ValueError(
-            f"{named} was made for images of {config.image_shape} pixels, but {classifier.name} takes {size}; "
-            f"{remedy}."
-        )
-    processor = image_processor or classifier.image_processor
-    named_values = () if processor is None else zip(("image_mean", "image_std"), normalization(processor), strict=True)
-    for name, theirs in named_values:
-        own = getattr(config, name)
-        if own is not None and not torch.allclose(torch.tensor(own), torch.tensor(theirs), atol=1e-4):
-            raise ValueError(
-                f"{named} expects {name}={list(own)}, but the image processor of {classifier.name} has "
-                f"{theirs}; {remedy}."
-            )
-    if config.backbone_fingerprint is not None:
-        verdict = match(config.backbone_fingerprint, classifier.fingerprint())
-        if verdict == "no":
-            raise ValueError(
-                f"{named} was pre-trained for the backbone {config.backbone_name!r}, which is not that of "
-                f"{classifier.name}; {remedy}."
-            )
-        if verdict != "same weights":
-            logger.warning(
-                f"{classifier.name} has other backbone weights than {config.backbone_name!r}, which the explainer "
-                "was pre-trained for, as after full fine-tuning: expect worse maps, and check them with verify=16."
-            )
     owners: dict[str, nn.Module] = {named: explainer, f"The classifier {classifier.name}": classifier}
     for owner, module in owners.items():
         bad = [name for name, weight in named_weights(module) if not torch.isfinite(weight).all()]
         if bad:
             raise ValueError(f"{owner} holds NaN or infinity in {bad[0]}; download or train it again.")
-    return classifier.reading(tuple(config.feature_names))
+    return classifier.reading(tuple(explainer.config.feature_names))

@@ -17,7 +17,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, AutoModel, AutoModelForImageClassification
 
-from .model_card import read_json, render_card
+from .model_card import PICTURE, read_json, render_card, report_file, task_of
+from .remote_code import code_files, config_with_code
 from .weights import BAD_TOKEN, find_weights, hub_error, open_source
 
 # What a checkpoint consists of, beside its weights; its card comes on top.
@@ -81,14 +82,16 @@ def prepare(
     branch: str | None = None,
     token: str | bool | None = None,
 ) -> Push:
-    """Check a checkpoint, its card, the token and the repository; nothing is sent.
+    """Check a checkpoint, its card, the token and the repository; nothing is sent, and the folder stays as it is.
+
+    An explainer goes with the code that it needs where this package is not installed.
 
     Args:
         folder: checkpoint, with config.json, training.json and safetensors.
         repo_id: owner/name; without owner, the token's.
-        results: reports of `tve-hf evaluate`, which the card of an explainer needs.
-        card: must be what `render_card` makes of folder and results; by default the folder's README.md if there is
-            one, and else that render.
+        results: what `tve-hf evaluate` wrote, which the card of an explainer needs.
+        card: must be what `render_card` makes of folder and results, under any repository's name; by default the
+            folder's README.md if there is one. It is sent with the name of this repository.
         private: whether a new repository is to be private.
         branch: main by default.
         token: of the Hub; by default the one of HF_TOKEN or `hf auth login`.
@@ -100,12 +103,15 @@ def prepare(
     """
     results = results or []
     files: dict[str, Path | bytes] = dict(_checked_files(folder))
-    files[_CARD] = _checked_card(folder, results, card).encode()
-    left_out = sorted(path.name for path in folder.iterdir() if path.name not in files)
+    if read_json(folder / "config.json")["model_type"] == "tve":
+        files |= {"config.json": config_with_code(folder).encode()} | {path.name: path for path in code_files()}
+    results = _as_in_card(folder, results, card)
+    left_out = sorted(path.name for path in folder.iterdir() if path.name not in {*files, _CARD})
 
     branch = branch or "main"
     api = HfApi(token=token)
     repo_id = _writable(api, repo_id)
+    files[_CARD] = str(render_card(folder.resolve(), results, repo_id)).encode()
     there: list[str] | None
     try:
         there = _files_there(api, repo_id, branch, private)
@@ -145,25 +151,31 @@ def _checked_files(folder: Path) -> dict[str, Path]:
     if report["missing_keys"]:
         raise ValueError(f"{folder} lacks the weights {sorted(report['missing_keys'])[0]}; save it again.")
     index = sorted(folder.glob("model.safetensors.index.json")) if len(weights) > 1 else []
-    return {path.name: path for path in [*(folder / name for name in FILES), *index, *weights]}
+    picture = [path for path in [folder / PICTURE] if path.is_file()]
+    return {path.name: path for path in [*(folder / name for name in FILES), *index, *weights, *picture]}
 
 
-def _checked_card(folder: Path, results: list[Path], card: Path | None) -> str:
-    """The card's text, which is what the results say."""
+def _as_in_card(folder: Path, results: list[Path], card: Path | None) -> list[Path]:
+    """The results in the order of the card, which says what they say."""
+    if not results and read_json(folder / "config.json").get("model_type") == "tve":
+        raise ValueError(f"{folder} needs measured results; run `tve-hf evaluate` and pass its reports as --results.")
     for path in results:
-        model = str(read_json(path).get("settings", {}).get("model"))
+        model = str(read_json(report_file(path)).get("settings", {}).get("model"))
         if Path(model).name != folder.resolve().name:
             raise ValueError(f"{path} is a report on {model}, not on {folder}; pass the reports of this checkpoint.")
     own = folder / _CARD
     card = card or (own if own.is_file() else None)
     if card is None:
-        return str(render_card(folder.resolve(), results))
+        render_card(folder.resolve(), results)
+        return results
     try:
         text = card.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The card {card} cannot be read ({error}); leave it out to render a new one.") from error
-    # The order of tasks in the card is free.
-    rendered = str(render_card(folder.resolve(), sorted(results, key=lambda path: text.find(path.stem))))
+    # The order of tasks in the card is free, and so is the repository's name.
+    results = sorted(results, key=lambda path: text.find(f"### {task_of(path)}\n"))
+    named = re.search(r'model="([^"]+)"', text)
+    rendered = str(render_card(folder.resolve(), results, named[1] if named else None))
     lines, expected = text.strip().splitlines(), rendered.strip().splitlines()
     if lines != expected:
         pairs = zip([*lines, ""], [*expected, ""], strict=False)
@@ -172,7 +184,7 @@ def _checked_card(folder: Path, results: list[Path], card: Path | None) -> str:
             f"The card {card} does not say what the results say: line {number} is {said[:80]!r}, expected "
             f"{meant[:80]!r}; render it again with `tve-hf card`."
         )
-    return text
+    return results
 
 
 def _writable(api: HfApi, repo_id: str) -> str:

@@ -1,15 +1,23 @@
 """Render model cards from config and results: every number in a card is read from a JSON file that a command wrote."""
 
 import json
+import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .patches import as_pair
+from .released import TAG
+from .report import table_of
 
 TEMPLATES = Path(__file__).parent / "templates"
+# A picture in the checkpoint's folder, and the one in its place: that of the package's own explainer.
+PICTURE = "example.png"
+_CHELSEA = "https://raw.githubusercontent.com/tve-hf/tve_hf/main/docs/chelsea.png"
 
 
 def _table(rows: list[list[str]]) -> str:
@@ -30,6 +38,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist; a card needs it: run the command that measures it first.") from None
 
 
+def report_file(path: Path) -> Path:
+    """The report of an evaluation, given itself or the folder that `tve-hf evaluate` wrote."""
+    return path / "report.json" if path.is_dir() else path
+
+
+def task_of(path: Path) -> str:
+    """The name of an evaluation's task: that of the folder it was written to."""
+    return report_file(path).resolve().parent.name
+
+
 def _agreement(results: dict[str, dict[str, Any]]) -> str:
     """Explainer against exact: one column for each task."""
     lines = {
@@ -42,25 +60,22 @@ def _agreement(results: dict[str, dict[str, Any]]) -> str:
     }
     rows = [["", *results], ["images", *(str(r["num_images"]) for r in results.values())]]
     for title, (key, form) in lines.items():
-        rows.append([title, *(form.format(r["summary"][key]) for r in results.values())])
+        rows.append([title, *(form.format(float(r["summary"][key])) for r in results.values())])
     return _table(rows)
 
 
 def _fidelity(results: dict[str, dict[str, Any]]) -> str:
-    """Fidelity of each method under each removal operator: mean ± standard deviation over images."""
-    rows = [["task", "removed pixels", "method", "Fidelity+ AUC ↑", "Fidelity− AUC ↓", "difference ↑", "above random"]]
-    for task, result in results.items():
-        for removal, methods in result["summary"]["fidelity"].items():
-            for name, found in methods.items():
-                if not isinstance(found, dict):
-                    continue
-                cells = [
-                    f"{mean:.3f} ± {sd:.3f}" for mean, sd in (found["plus_auc"], found["minus_auc"], found["gap"])
-                ]
-                low, high = found.get("gap_above_random", (0, 0))
-                above = "" if name == "random" else f"{low:.3f} to {high:.3f}"
-                rows.append([task, removal, name, *cells, above])
-    return _table(rows)
+    """The table of each report, of every method under each removal operator, under the name of its task."""
+    return "\n\n".join(f"### {task}\n\n{table_of(report)}" for task, report in results.items())
+
+
+def _shares(results: dict[str, dict[str, Any]]) -> str:
+    """How much of the exact maps' fidelity the explainer reaches, for each task and removal operator."""
+    return "; ".join(
+        f"on {task} "
+        + ", ".join(f"{rows['tve_share_of_exact']:.0%} ({removal})" for removal, rows in fidelity.items())
+        for task, fidelity in ((task, report["summary"]["fidelity"]) for task, report in results.items())
+    )
 
 
 def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -71,11 +86,9 @@ def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, d
     training = read_json(folder / "training.json")
     arguments, last = training["arguments"], training["log"][-1]
     first = next(iter(results.values()))
-    shares = [
-        f"{result['summary']['fidelity']['zero']['tve_share_of_exact']:.0%} on {task}"
-        for task, result in results.items()
-    ]
+    picture = (PICTURE, "of this explainer") if (folder / PICTURE).is_file() else (_CHELSEA, "of the one in tve_hf")
     return {
+        "picture": "![A photograph under its map, {1}]({0})".format(*picture),
         "backbone": config["backbone_name"],
         "fingerprint": config["backbone_fingerprint"],
         "grid": " × ".join(str(side) for side in as_pair(config["grid_size"])),
@@ -85,9 +98,10 @@ def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, d
         "rule": first["settings"]["rule"],
         "agreement": _agreement(results),
         "fidelity": _fidelity(results),
-        "shares": " and ".join(shares),
-        "train_files": ", ".join(arguments["train_files"]),
+        "shares": _shares(results),
+        "data": ", ".join(f"`{source}`" for source in _sources(arguments)),
         "steps": str(last["step"]),
+        "images_per_second": f"{last['images_per_second']:.1f}",
         "batch_size": str(arguments["batch_size"]),
         "patches_per_image": str(arguments["patches_per_image"]),
         "learning_rate": f"{arguments['learning_rate']:g}",
@@ -140,42 +154,90 @@ def _classifier_values(folder: Path, config: dict[str, Any], results: dict[str, 
     }
 
 
-# How a checkpoint is described, by its model_type and whether there are results: template, values, Hub metadata.
-_KINDS: dict[str, tuple[str, Any, dict[str, Any]]] = {
-    "tve": (
-        "explainer.md",
-        _explainer_values,
-        {"pipeline_tag": "image-classification", "tags": ["tve_hf", "explainability"]},
-    ),
-    "tve alone": (
-        "pretrained.md",
-        _pretrained_values,
-        {"pipeline_tag": "image-classification", "tags": ["tve_hf", "explainability"], "license": None},
-    ),
+def _sources(arguments: dict[str, Any]) -> list[str]:
+    """What was trained on, as the training command was told: a data set, files or patterns."""
+    files = arguments.get("train_files") or []
+    return (
+        [arguments["dataset_name"]] if arguments.get("dataset_name") else [files] if isinstance(files, str) else files
+    )
+
+
+def _on_the_hub(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def _datasets(arguments: dict[str, Any], tasks: Iterable[str]) -> list[str]:
+    """Names of the training data: repositories of the Hub, and folders that are called as one of the tasks."""
+    names = []
+    for source in _sources(arguments):
+        parts = source.removeprefix("hf://datasets/").split("/")
+        if source.startswith("hf://datasets/"):
+            names.append("/".join(parts[:2]).partition("@")[0])
+        elif len(parts) > 1 and parts[-2] in tasks:
+            names.append(parts[-2])
+        elif source == arguments.get("dataset_name") and _on_the_hub(source):
+            names.append(source)
+    return list(dict.fromkeys(names))
+
+
+def _metrics(results: dict[str, dict[str, Any]]) -> list[EvalResult]:
+    """Agreement with exact, and the fidelity of the maps under each removal operator, of each task."""
+    found = []
+    for task, report in results.items():
+        values = [("spearmanr", "median Spearman with exact", report["summary"]["median_spearman"])]
+        for removal, rows in report["summary"]["fidelity"].items():
+            name = f"Fidelity+ AUC less Fidelity- AUC, removed pixels: {removal}"
+            values.append((f"fidelity_gap_{removal}", name, rows["tve"]["gap"][0]))
+        found += [
+            EvalResult("image-classification", task, task, metric, float(value), metric_name=name)
+            for metric, name, value in values
+        ]
+    return [result for result in found if math.isfinite(result.metric_value)]
+
+
+# How a checkpoint is described, by its model_type and whether there are results: template, values, tags for the Hub.
+_KINDS: dict[str, tuple[str, Any, list[str]]] = {
+    "tve": ("explainer.md", _explainer_values, [TAG, "explainability", "transferable-attribution"]),
+    "tve alone": ("pretrained.md", _pretrained_values, [TAG, "explainability", "transferable-attribution"]),
 }
-_CLASSIFIER = ("classifier.md", _classifier_values, {"pipeline_tag": "image-classification", "tags": ["tve_hf"]})
+_CLASSIFIER = ("classifier.md", _classifier_values, [TAG])
 
 
-def render_card(folder: Path, results: list[Path]) -> ModelCard:
+def render_card(folder: Path, results: list[Path], repo_id: str | None = None) -> ModelCard:
     """Render the card of a checkpoint.
 
     Args:
         folder: checkpoint with config.json and training.json.
-        results: reports of `tve-hf evaluate`, one for each task, named <task>.json.
+        results: what `tve-hf evaluate` wrote, one folder or report.json for each task, whose name is the folder's.
+        repo_id: name to load the checkpoint by in the card's code; that of the folder by default.
 
     Raises:
-        ValueError: If a file or a number is missing.
+        ValueError: If a file or a number is missing, or two reports are of tasks of one name.
     """
     config = read_json(folder / "config.json")
     kind = config["model_type"] if results else f"{config['model_type']} alone"
-    template, values_of, metadata = _KINDS.get(kind, _CLASSIFIER)
-    reports = {path.stem: read_json(path) for path in results}
+    template, values_of, tags = _KINDS.get(kind, _CLASSIFIER)
+    reports = {task_of(path): read_json(report_file(path)) for path in results}
+    if len(reports) < len(results):
+        raise ValueError(f"Two reports of one task among {', '.join(map(str, results))}; put them in other folders.")
+    repo = repo_id or folder.name
+    name = repo.rpartition("/")[2]
+    backbone = config.get("backbone_name") or ""
     try:
-        values = values_of(folder, config, reports) | {"name": folder.name}
+        values = values_of(folder, config, reports) | {"name": name, "repo": repo}
+        data = ModelCardData(
+            library_name="transformers",
+            license="cc-by-nc-4.0" if template != "pretrained.md" else None,  # its images are not known
+            pipeline_tag="image-classification",
+            base_model=backbone if _on_the_hub(backbone) else None,
+            datasets=_datasets(read_json(folder / "training.json")["arguments"], reports) or None,
+            tags=tags,
+            model_name=name if reports else None,
+            eval_results=_metrics(reports) if reports else None,
+        )
     except (LookupError, TypeError) as error:
         raise ValueError(
             f"The card of {folder} lacks a number ({error!r}): training.json or a report is incomplete; make it again."
         ) from error
     text = Template((TEMPLATES / template).read_text()).substitute(values)
-    data = ModelCardData(**({"license": "cc-by-nc-4.0", "library_name": "transformers"} | metadata))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -16,15 +16,12 @@ from transformers.utils import ModelOutput
 
 from .attribution import DEFAULT_RULE, rule_named, transfer, verify
 from .classifiers import SplitClassifier, split_classifier
-from .compatibility import fit
+from .compatibility import find, fit
 from .images import load_image, seen_region
 from .inputs import images_of
+from .released import DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER, EXPLAINERS
 from .visualization import Region, heatmap, overlay
 from .wrapped import is_dispatched
-
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
-DEFAULT_EXPLAINER = CHECKPOINTS / "tve-vit-tiny-tiny-imagenet"
-DEFAULT_CLASSIFIER = CHECKPOINTS / "vit-tiny-tiny-imagenet"
 
 
 class TransferableAttributionPipeline(Pipeline):
@@ -43,7 +40,7 @@ class TransferableAttributionPipeline(Pipeline):
     Args:
         classifier: the classifier f = H_t o G to explain, on the backbone G that the explainer was pre-trained for: a
             `SplitClassifier`, a model, or a name for `split_classifier`. By default the one that is shipped with the
-            default explainer.
+            default explainer. Without `model`, a released explainer that fits it is used.
         candidate_labels, hypothesis_template: the classes of a zero-shot classifier and the sentence, or sentences to
             average over, that they are put in, as for `SplitClassifier.with_prompts`; for all calls that give none.
 
@@ -76,8 +73,11 @@ class TransferableAttributionPipeline(Pipeline):
                 f"model={model.name_or_path or type(model).__name__!r} is no explainer, but a {type(model).__name__}; "
                 "pass a TVEExplainer as model=, and what it is to explain as classifier=."
             )
+        # What `pipeline` loads where no model is named; with another classifier, one that fits is looked for.
+        is_default = Path(model.name_or_path) == DEFAULT_EXPLAINER
+        look = is_default and classifier is not None
         if classifier is None:
-            if Path(model.name_or_path) != DEFAULT_EXPLAINER:
+            if not is_default:
                 raise ValueError(
                     "Which classifier is to be explained? Pass classifier=, a model or a name, on the backbone "
                     f"{model.config.backbone_name!r} that this explainer was pre-trained for."
@@ -96,6 +96,10 @@ class TransferableAttributionPipeline(Pipeline):
         image_processor = classifier.image_processor or image_processor
         if image_processor is None:
             raise ValueError(f"No image processor came with {classifier.name}; pass image_processor=.")
+        if look:
+            name = find(EXPLAINERS, classifier, image_processor)
+            if name != model.name_or_path:
+                model = type(model).from_pretrained(name, dtype=model.dtype)
         super().__init__(model, image_processor=image_processor, **kwargs)
         classifier = classifier if is_dispatched(classifier) else classifier.to(self.device)
         self.classifier = fit(model, classifier, image_processor)

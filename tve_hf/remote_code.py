@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -21,8 +22,23 @@ def code_files() -> list[Path]:
     return sorted({*roots, *needed})
 
 
+def config_with_code(folder: Path) -> str:
+    """Return the text of a saved explainer's config.json with the code named in it.
+
+    Raises:
+        ValueError: If there is no explainer's config in the folder.
+    """
+    path = folder / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if config.get("model_type") != "tve":
+        raise ValueError(f"{folder} holds no explainer, whose config.json has model_type 'tve'; pass one that does.")
+    config["auto_map"] = AUTO_MAP
+    config["custom_pipelines"] = {TASK: {"impl": PIPELINE, "pt": ["AutoModel"], "type": "image"}}
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
 def add_remote_code(folder: Path) -> list[Path]:
-    """Copy the code into a saved explainer's folder, and name it in its config.
+    """Copy the code into a saved explainer's folder, and name it in its config; `tve-hf push` sends the same.
 
     With `trust_remote_code=True`, `pipeline("transferable-attribution", model=...)` then works where this package is
     not installed. Where it is, its own classes are used, and nothing of the copy.
@@ -36,14 +52,10 @@ def add_remote_code(folder: Path) -> list[Path]:
     Raises:
         ValueError: If there is no explainer's config in the folder.
     """
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    if config.get("model_type") != "tve":
-        raise ValueError(f"{folder} holds no explainer, whose config.json has model_type 'tve'; pass one that does.")
+    config = config_with_code(folder)
     copies = [Path(shutil.copyfile(file, folder / file.name)) for file in code_files()]
-    config["auto_map"] = AUTO_MAP
-    config["custom_pipelines"] = {TASK: {"impl": PIPELINE, "pt": ["AutoModel"], "type": "image"}}
+    path = folder / "config.json"
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    partial.write_text(config)
     os.replace(partial, path)
     return copies
