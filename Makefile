@@ -40,6 +40,9 @@ $(TIMM_VENV)/.installed: pyproject.toml
 	$(TIMM_VENV)/bin/pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
 	touch $@
 
+# One thread: on images this small, several wait for one another.
+test-timm timm-table: export OMP_NUM_THREADS = 1
+
 test-timm: $(TIMM_VENV)/.installed
 	$(TIMM_VENV)/bin/python -m pytest tests/test_timm.py tests/test_every_class.py -k timm
 

@@ -29,6 +29,7 @@ LAYERS = {
     "wrapped": 0,
     "weights": 0,
     "loading": 0.5,
+    "files": 0,
     "splitting": 0.5,
     "parts": 0.7,
     "cells": 0.7,
@@ -51,7 +52,14 @@ LAYERS = {
     "metrics": 2,
     "pipeline_tve": 2,
     "judge": 2.5,
-    "pretrain": 3,
+    "pretraining_arguments": 2.3,
+    "pretraining_images": 2.4,
+    "pretraining_data": 2.5,
+    "pretraining_model": 2.5,
+    "checkpointing": 2.5,
+    "held_out": 2.5,
+    "publishing": 2.5,
+    "pretrain": 3.5,
     "benchmark": 3,
     "model_card": 3,
     "info": 3,
@@ -63,7 +71,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Extras, and what they bring along: never needed to explain an image.
 HEAVY = ["accelerate", "captum", "datasets", "evaluate", "gradio", "matplotlib", "peft", "skimage", "sklearn", "timm"]
 # Modules that are all about an extra; `evaluate` loads those of `metrics` from their folders, each by itself.
-TRAINING = {"benchmark", "judge", "metrics", "plots", "pretrain"}
+TRAINING = {
+    "benchmark",
+    "checkpointing",
+    "judge",
+    "metrics",
+    "plots",
+    "pretrain",
+    "pretraining_arguments",
+    "pretraining_data",
+    "pretraining_images",
+}
 
 
 def _module(path: Path) -> str:

@@ -1,7 +1,6 @@
 """The command line: tve-hf explain | info | pretrain | evaluate | card | push."""
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from .files import write_whole as _write
 from .strict_json import dumps
 
 
@@ -23,16 +23,6 @@ def _default_photograph() -> Any:
             "pass an image, or run `pip install tve_hf[demo]`."
         ) from None
     return data.chelsea()  # a cat, CC0
-
-
-def _write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Write beside the file and rename, so that no half-written file stays behind."""
-    unfinished = path.with_name(f".{path.name}.partial{path.suffix}")
-    try:
-        save(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _stem(image: str, taken: set[str]) -> str:

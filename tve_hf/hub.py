@@ -157,6 +157,8 @@ def _checked_files(folder: Path) -> dict[str, Path]:
 
 def _as_in_card(folder: Path, results: list[Path], card: Path | None) -> list[Path]:
     """The results in the order of the card, which says what they say."""
+    if not results and read_json(folder / "config.json").get("model_type") == "tve":
+        raise ValueError(f"{folder} needs measured results; run `tve-hf evaluate` and pass its reports as --results.")
     for path in results:
         model = str(read_json(report_file(path)).get("settings", {}).get("model"))
         if Path(model).name != folder.resolve().name:

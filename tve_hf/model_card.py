@@ -110,6 +110,37 @@ def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, d
     }
 
 
+def _pretrained_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Of an explainer that has been measured by nothing but its own run."""
+    training = read_json(folder / "training.json")
+    last, bad = training["log"][-1], training.get("bad_images", {"number": 0})
+    lines = {
+        "median Spearman with exact": "spearman",
+        "relative error of kept": "kept_error",
+        "relative error of removed": "removed_error",
+        "median ε of Theorem 1": "epsilon",
+        "Fidelity+ − Fidelity− AUC of its maps": "fidelity_gap",
+        "the same of exact maps": "exact_fidelity_gap",
+    }
+    measured = [[title, f"{float(last[key]):.3f}"] for title, key in lines.items() if key in last]
+    side = config["grid_size"]
+    rows, columns = side if isinstance(side, list) else (side, side)
+    given = training["arguments"].items()
+    told = {name: value for name, value in given if name != "output_dir" and value not in (None, [], False, 0)}
+    return {
+        "backbone": config["backbone_name"],
+        "fingerprint": config["backbone_fingerprint"],
+        "grid": f"{rows} × {columns}",
+        "image": " × ".join(str(side) for side in config["image_size"]),
+        "hops": str(config["hops"]),
+        "embedding_dim": str(config["embedding_dim"]),
+        "steps": str(last["step"]),
+        "measured": _table([["held-out images", ""], *measured]) if measured else "It was not measured.",
+        "bad_images": str(bad["number"]),
+        "settings": "\n".join(f"- `{name}`: `{value}`" for name, value in told.items()),
+    }
+
+
 def _classifier_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
     training = read_json(folder / "training.json")
     accuracy = training["test_accuracy"] if "test_accuracy" in training else training["log"][-1]["test_accuracy"]
@@ -164,9 +195,10 @@ def _metrics(results: dict[str, dict[str, Any]]) -> list[EvalResult]:
     return [result for result in found if math.isfinite(result.metric_value)]
 
 
-# How a checkpoint is described, by its model_type: template, its values, and tags for the Hub.
+# How a checkpoint is described, by its model_type and whether there are results: template, values, tags for the Hub.
 _KINDS: dict[str, tuple[str, Any, list[str]]] = {
     "tve": ("explainer.md", _explainer_values, [TAG, "explainability", "transferable-attribution"]),
+    "tve alone": ("pretrained.md", _pretrained_values, [TAG, "explainability", "transferable-attribution"]),
 }
 _CLASSIFIER = ("classifier.md", _classifier_values, [TAG])
 
@@ -183,7 +215,8 @@ def render_card(folder: Path, results: list[Path], repo_id: str | None = None) -
         ValueError: If a file or a number is missing, or two reports are of tasks of one name.
     """
     config = read_json(folder / "config.json")
-    template, values_of, tags = _KINDS.get(config["model_type"], _CLASSIFIER)
+    kind = config["model_type"] if results else f"{config['model_type']} alone"
+    template, values_of, tags = _KINDS.get(kind, _CLASSIFIER)
     reports = {task_of(path): read_json(report_file(path)) for path in results}
     if len(reports) < len(results):
         raise ValueError(f"Two reports of one task among {', '.join(map(str, results))}; put them in other folders.")
@@ -194,7 +227,7 @@ def render_card(folder: Path, results: list[Path], repo_id: str | None = None) -
         values = values_of(folder, config, reports) | {"name": name, "repo": repo}
         data = ModelCardData(
             library_name="transformers",
-            license="cc-by-nc-4.0",
+            license="cc-by-nc-4.0" if template != "pretrained.md" else None,  # its images are not known
             pipeline_tag="image-classification",
             base_model=backbone if _on_the_hub(backbone) else None,
             datasets=_datasets(read_json(folder / "training.json")["arguments"], reports) or None,

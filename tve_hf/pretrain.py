@@ -1,289 +1,305 @@
-"""Pre-train an explainer for one backbone on unlabelled images (Algorithm 1): arguments and the one training loop."""
+"""Pre-train an explainer for one backbone on unlabelled images (Algorithm 1): the one training loop."""
 
-import json
 import os
-import shutil
+import signal
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import DataLoaderConfiguration, set_seed
-from datasets import Dataset, Image, load_dataset
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
-from .attribution import exact_meta_attribution, prediction_errors, spearman, transfer
-from .classifiers import SplitClassifier, split_classifier
-from .configuration_tve import TVEConfig
-from .images import load_image, normalization
+from .attribution import exact_meta_attribution
+from .checkpointing import (
+    UNFINISHED,
+    Progress,
+    StopSignals,
+    load_checkpoint,
+    over_processes,
+    remove_unfinished,
+    save_checkpoint,
+    writing,
+)
+from .classifiers import split_classifier
+from .files import write_whole
+from .held_out import HeldOut
+from .model_card import render_card
 from .modeling_tve import TVEExplainer
-from .patches import GridSize, as_pair, sample_patches
+from .patches import sample_patches
+from .pretraining_arguments import PretrainArguments, check
+from .pretraining_data import Batch, batches_of, steps_of
+from .pretraining_images import first_images, open_images
+from .pretraining_model import build_explainer, build_optimizer, config_for, with_sizes_of_explainer
+from .publishing import prepare_repository, upload
+from .strict_json import dumps
 
 logger = logging.get_logger(__name__)
+
+__all__ = ["PretrainArguments", "config_for", "pretrain"]
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass
-class PretrainArguments:
-    """Settings of one run. Images need no labels; they go through the classifier's own image processor."""
+def draw(args: PretrainArguments, step: int, steps: int, images: int, num_patches: int) -> tuple[Tensor, Tensor]:
+    """Draw which images of a whole step are mirrored, (images,) bool, and their patches, (images, k).
 
-    classifier: str = field(metadata={"help": "Classifier whose backbone is explained: a name or folder."})
-    train_files: list[str] = field(metadata={"help": "Parquet files (or patterns) with an image column."})
-    output_dir: str = field(metadata={"help": "Where checkpoints and the explainer go."})
-    validation_files: list[str] = field(default_factory=list, metadata={"help": "Held-out images, likewise."})
-    candidate_labels: list[str] = field(
-        default_factory=list, metadata={"help": "Classes of a zero-shot classifier: for validation only."}
-    )
-    hypothesis_template: list[str] = field(
-        default_factory=list, metadata={"help": 'Sentences for them; "This is a photo of {}." by default.'}
-    )
-    image_column: str = field(default="image")
-    grid_size: int | None = field(
-        default=None, metadata={"help": "P: patches along a side; derived from the classifier by default."}
-    )
-    hops: int = field(default=2, metadata={"help": "Radius of a patch's neighbourhood."})
-    hidden_size: int = field(default=256)
-    num_hidden_layers: int = field(default=2)
-    num_attention_heads: int = field(default=4)
-    patches_per_image: int = field(default=8, metadata={"help": "k: neighbourhoods sampled per image and step."})
-    batch_size: int = field(default=64, metadata={"help": "Images per step and process."})
-    num_epochs: int = field(default=2)
-    learning_rate: float = field(default=1e-3)
-    weight_decay: float = field(default=0.05)
-    warmup_ratio: float = field(default=0.05)
-    max_grad_norm: float = field(default=1.0)
-    flip: bool = field(default=True, metadata={"help": "Mirror every second image."})
-    mixed_precision: str = field(default="bf16", metadata={"help": "no, bf16 or fp16."})
-    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints and validations."})
-    validation_images: int = field(default=32)
-    seed: int = field(default=0)
-
-
-def config_for(classifier: SplitClassifier, grid_size: GridSize | None, hops: int, **sizes: Any) -> TVEConfig:
-    """Describe an explainer for this classifier's backbone: its image, grid, features and fingerprint.
-
-    Raises:
-        ValueError: If the classifier takes no images, or the grid does not divide them.
+    Seeded by the step alone, so that neither resuming nor the number of processes changes what is drawn.
     """
-    probe = classifier.probe_inputs()
-    pixel_values = probe["pixel_values"]
-    if pixel_values.ndim != 4:
-        raise ValueError(
-            f"{classifier.name} takes rows of patches, whose grid depends on the image, but an explainer has one "
-            'grid; use `tve_hf.methods.explain("exact", ...)` for it.'
+    generator = torch.Generator().manual_seed(args.seed * steps + step)
+    mirrored = torch.zeros(images, dtype=torch.bool)
+    if args.flip:
+        mirrored = torch.rand(images, generator=generator) < 0.5
+    return mirrored, sample_patches(images, num_patches, args.patches_per_image, generator)
+
+
+class _Run:
+    """One run: what it trains, with what, and how far it has come."""
+
+    def __init__(self, args: PretrainArguments):
+        self.args = args = with_sizes_of_explainer(args)
+        check(args)
+        self.output_dir = output_dir = Path(args.output_dir)
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=args.report_to or None,
+            project_config=ProjectConfiguration(str(output_dir), str(output_dir / "logs")),
         )
-    rows, columns = classifier.default_grid() if grid_size is None else as_pair(grid_size)
-    with torch.no_grad():
-        output = classifier.backbone(**probe)
-    mean, std = normalization(classifier.image_processor)
-    return TVEConfig(
-        image_size=list(pixel_values.shape[-2:]),
-        grid_size=rows if rows == columns else [rows, columns],
-        hops=hops,
-        embedding_dim=classifier.embedding_dim,
-        image_mean=mean,
-        image_std=std,
-        feature_names=list(classifier.backbone.feature_names),
-        feature_dims=[feature.shape[1] for feature in output.features],
-        backbone_name=os.path.basename(classifier.name.rstrip("/"))
-        if os.path.isdir(classifier.name)
-        else classifier.name,
-        backbone_fingerprint=classifier.fingerprint(),
-        **sizes,
-    )
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.per_step = args.batch_size * args.gradient_accumulation_steps * self.world
+        self.repo_id = ""
+        if args.push_to_hub and accelerator.is_main_process:
+            self.repo_id = prepare_repository(args.hub_model_id or output_dir.resolve().name, args.hub_private_repo)
+        with accelerator.main_process_first():
+            self.images = open_images(args, args.train_files, args.train_split, args.streaming)
+        self.steps = steps_of(args, self.images, self.world)
 
+        set_seed(args.seed)
+        prompts = args.candidate_labels or None, args.hypothesis_template or None
+        classifier = split_classifier(args.classifier, None, torch.float32, False, *prompts).to(accelerator.device)
+        if args.validation_files or args.validation_split:
+            classifier(classifier.probe())  # compares scores of a class, which a zero-shot model may not have: say so
+        explainer, self.classifier = build_explainer(args, classifier)
+        self.config = config = explainer.config
+        # Frozen, so in half precision throughout: under autocast its weights would be cast anew in every pass.
+        dtype = HALF.get(accelerator.mixed_precision, torch.float32)
+        teacher = split_classifier(args.classifier, dtype=dtype).to(accelerator.device)
+        self.teacher = teacher.reading(tuple(config.feature_names))
+        self.held_out: HeldOut | None = None
+        if args.validation_files or args.validation_split:
+            held = open_images(args, args.validation_files, args.validation_split or "train", args.streaming)
+            pixel_values = first_images(held, self.classifier, args.validation_images)
+            self.held_out = HeldOut(self.classifier, pixel_values.to(accelerator.device), config)
+        self._prepare(explainer)
+        self._resume()
 
-def load_images(files: list[str], column: str, classifier: SplitClassifier) -> Dataset:
-    """Open parquet files as a data set that gives `pixel_values`, (3, H, W), through the classifier's processor."""
-    data = load_dataset("parquet", data_files=files, split="train")
-    if column not in data.column_names:
-        raise ValueError(f"No column {column!r} in {files}; choose image_column among {', '.join(data.column_names)}.")
-    data = data.select_columns([column]).cast_column(column, Image(decode=False))
+    def _prepare(self, explainer: TVEExplainer) -> None:
+        """Hand explainer, optimizer and schedule to Accelerate."""
+        args, accelerator = self.args, self.accelerator
+        if args.torch_compile:
+            explainer.compile()
+        optimizer, schedule = build_optimizer(args, explainer, self.steps, self.world)
+        deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+        if deepspeed is not None:  # which would ask the loader, if Accelerate prepared it
+            deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
+        self.model, self.optimizer, self.schedule = accelerator.prepare(explainer, optimizer, schedule)
 
-    def to_pixels(rows: dict[str, list]) -> dict[str, list[Tensor]]:
-        images = [load_image(row) for row in rows[column]]
-        return {"pixel_values": list(classifier.image_processor(images, return_tensors="pt")["pixel_values"])}
+    def _resume(self) -> None:
+        """Go on from the last checkpoint, if there is one."""
+        if self.accelerator.is_main_process:
+            remove_unfinished(self.output_dir)
+        self.accelerator.wait_for_everyone()
+        settings = self.args.fixed() | {
+            "num_processes": self.world,
+            "number of images": self.images.number,
+            "backbone_fingerprint": self.config.backbone_fingerprint,
+        }
+        self.progress = Progress(settings)
+        self.done, self.position = 0, (0, 0)
+        saved = load_checkpoint(self.accelerator, self.output_dir, settings)
+        if saved:
+            self.progress.restore(saved)
+            self.done = saved["step"]
+            if "positions" in saved:
+                epoch, number = saved["positions"][self.rank]
+                self.position = epoch, number
+            self.accelerator.print(f"Resumed from step {self.done}.")
 
-    return data.with_transform(to_pixels)
+    def loss(self, pixel_values: Tensor, mirrored: Tensor, patch_idx: Tensor) -> Any:
+        """Eq. 8 on images (B, 3, H, W), mirrored where (B,) says so, and their patches, (B, k)."""
+        device, config = self.teacher.device, self.config
+        pixel_values, patch_idx = pixel_values.to(device, non_blocking=True), patch_idx.to(device)
+        pixel_values = torch.where(mirrored.view(-1, 1, 1, 1).to(device), pixel_values.flip(-1), pixel_values)
+        with torch.no_grad():
+            images = pixel_values.to(self.teacher.dtype)
+            seen = self.teacher.backbone(images)
+            kept, removed = exact_meta_attribution(self.teacher, images, config.grid_size, config.hops, patch_idx)
+        return self.model(
+            pixel_values=pixel_values,
+            features=seen.features,
+            embeddings=seen.embeddings,
+            patch_idx=patch_idx,
+            kept_labels=kept,
+            removed_labels=removed,
+        )
 
+    def step(self, batches: list[Batch], good: int) -> Tensor:
+        """Take one optimiser step; return this process's share of the kept and the removed loss, (2,).
 
-@torch.no_grad()
-def validate(explainer: TVEExplainer, classifier: SplitClassifier, pixel_values: Tensor) -> dict[str, float]:
-    """Compare predicted with exact meta-attributions on held-out images, all patches: errors and median Spearman."""
-    config = explainer.config
-    output = classifier(pixel_values)
-    class_idx = output.logits.argmax(-1)
-    found = explainer(pixel_values=pixel_values, features=output.features, embeddings=output.embeddings)
-    predicted = found.kept, found.removed
-    exact = exact_meta_attribution(classifier, pixel_values, config.grid_size, config.hops)
-    errors = prediction_errors(classifier, pixel_values, class_idx, predicted, exact)
-    scores = [transfer(kept, removed, classifier, class_idx, "log_prob") for kept, removed in (predicted, exact)]
-    return {
-        "kept_error": errors["kept_error"].mean().item(),
-        "removed_error": errors["removed_error"].mean().item(),
-        "spearman": spearman(*scores).nanmedian().item(),
-    }
+        Args:
+            batches: one for each forward pass.
+            good: how many images all processes together could read for this step.
+        """
+        args, accelerator = self.args, self.accelerator
+        mirrored, patch_idx = draw(args, self.done, self.steps, self.per_step, self.config.num_patches)
+        losses = torch.zeros(2)
+        for number, batch in enumerate(batches):
+            rows = (number * self.world + self.rank) * args.batch_size + batch.places
+            pixel_values = batch.pixel_values
+            if pixel_values is None:  # the other processes wait for this one's gradients, so an empty image
+                rows, pixel_values = torch.zeros(1, dtype=torch.int64), torch.zeros_like(self.classifier.probe()[:1])
+            # Every image of the step counts the same, whoever has it and however many could be read.
+            weight = len(batch.places) * self.world / good
+            with accelerator.accumulate(self.model):
+                output = self.loss(pixel_values, mirrored[rows], patch_idx[rows])
+                accelerator.backward(output.loss * (weight * len(batches)))
+            losses += weight * torch.stack([output.kept_loss, output.removed_loss]).detach().float().cpu()
+        if not losses.isfinite().all():
+            raise ValueError(
+                f"The loss of step {self.done + 1} is not finite; lower learning_rate, or take mixed_precision bf16, "
+                "in a new output_dir."
+            )
+        accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return losses
 
+    def note_bad(self, batches: list[Batch]) -> None:
+        """Let every process know, and count, the images that one of them could not read."""
+        found = {
+            name: reason for batch in gather_object([batch.bad for batch in batches]) for name, reason in batch.items()
+        }
+        if self.accelerator.is_main_process:
+            for name in found.keys() - self.progress.bad.keys():
+                logger.warning(f"Skipped {name}: {found[name]}")
+        self.progress.note_bad(found, self.args.max_bad_images, self.images.number, self.done * self.per_step)
 
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(output_dir.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+    def mean_losses(self) -> Tensor:
+        """Sums of kept and removed loss since the last report, as means over the processes, (2,)."""
+        return self.accelerator.reduce(self.progress.sums.to(self.accelerator.device), "mean").cpu()
 
+    def report(self, images_per_second: float) -> dict[str, float]:
+        """Validate; return the new row of the log."""
+        kept_loss, removed_loss = (total / self.progress.since for total in self.mean_losses().tolist())
+        row = {
+            "step": self.done,
+            "kept_loss": kept_loss,
+            "removed_loss": removed_loss,
+            "learning_rate": self.schedule.get_last_lr()[0],
+            "images_per_second": images_per_second,
+        }
+        if self.held_out is not None:
+            self.model.eval()
+            measured, picture = self.held_out.compare(self.model)
+            self.model.train()
+            row |= measured
+            self.accelerator.log(measured, self.done)
+            if self.accelerator.is_main_process:
+                path = self.output_dir / f"validation-{self.done}.png"
+                with writing("The picture of the validation", self.output_dir):
+                    write_whole(path, picture.save)
+        self.progress.log.append({key: round(value, 6) for key, value in row.items()})
+        self.progress.sums, self.progress.since = torch.zeros(2), 0
+        return self.progress.log[-1]
 
-def _save(accelerator: Accelerator, output_dir: Path, done: int, log: list[dict]) -> None:
-    """Write a checkpoint under another name, rename it, and only then remove the ones before it."""
-    folder = output_dir / f"checkpoint-{done}"
-    unfinished = folder.with_suffix(".partial")
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished), safe_serialization=True)
-    if accelerator.is_main_process:
-        (unfinished / "progress.json").write_text(json.dumps({"step": done, "log": log}))
-        os.replace(unfinished, folder)
-        for old in _checkpoints(output_dir)[:-1]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    def save(self) -> None:
+        """Write a checkpoint."""
+        told, limit = self.progress.to_dict(), self.args.save_total_limit
+        save_checkpoint(self.accelerator, self.output_dir, self.done, told, self.position, limit)
+
+    def stop(self, number: int) -> None:
+        """Save and end, after a signal."""
+        self.progress.sums = self.mean_losses()
+        self.save()
+        self.accelerator.end_training()
+        self.accelerator.print(f"Stopped by a signal; the same command goes on from step {self.done}.")
+        raise SystemExit(128 + number)
+
+    def finish(self) -> TVEExplainer:
+        """Write the explainer and what belongs to it; upload it if that was asked for."""
+        weights = self.accelerator.get_state_dict(self.model)
+        explainer = self.accelerator.unwrap_model(self.model).eval()
+        if self.accelerator.is_main_process:
+            unfinished = self.output_dir / f"explainer{UNFINISHED}"
+            with writing("The explainer", self.output_dir, unfinished):
+                # Half precision on disk, float32 when loaded: the config keeps the model's dtype.
+                half = {name: weight.half() for name, weight in weights.items()}
+                explainer.save_pretrained(unfinished, state_dict=half)
+                self.classifier.image_processor.save_pretrained(unfinished)
+                bad = {"number": len(self.progress.bad), "first": dict(list(self.progress.bad.items())[:100])}
+                report = {"arguments": asdict(self.args), "log": self.progress.log, "bad_images": bad}
+                (unfinished / "training.json").write_text(dumps(report, indent=1) + "\n")
+                for path in unfinished.iterdir():
+                    os.replace(path, self.output_dir / path.name)
+                unfinished.rmdir()
+                write_whole(self.output_dir / "README.md", render_card(self.output_dir, []).save)
+            if self.args.push_to_hub:
+                upload(self.output_dir, self.repo_id)
+        self.accelerator.end_training()
+        return explainer
 
 
 def pretrain(args: PretrainArguments) -> TVEExplainer:
-    """Train an explainer by Eq. 8 and save it, with its processor and `training.json`, in `args.output_dir`.
+    """Train an explainer by Eq. 8 and save it, with its processor, card and `training.json`, in `args.output_dir`.
 
-    Started again with the same arguments, an interrupted run goes on from its last checkpoint.
+    Started again with the same arguments, an interrupted run goes on from its last checkpoint. On SIGTERM and SIGUSR1
+    it writes one and ends.
+
+    Raises:
+        ValueError: If a setting or the images are wrong, or the settings are not those of the checkpoint.
+        OSError: If nothing can be written; the last checkpoint stays intact.
+        SystemExit: After SIGTERM or SIGUSR1, with 128 + the signal's number.
     """
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True)
-    )
-    set_seed(args.seed)
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    classifier = split_classifier(
-        args.classifier,
-        dtype=torch.float32,
-        candidate_labels=args.candidate_labels or None,
-        hypothesis_template=args.hypothesis_template or None,
-    ).to(accelerator.device)
-    if args.validation_files:
-        classifier(classifier.probe())  # compares scores of a class, which a zero-shot model may not have: say so now
-    sizes = {
-        "hidden_size": args.hidden_size,
-        "num_hidden_layers": args.num_hidden_layers,
-        "num_attention_heads": args.num_attention_heads,
-        "intermediate_size": 4 * args.hidden_size,
-    }
-    config = config_for(classifier, args.grid_size, args.hops, **sizes)
-    explainer = TVEExplainer(config).to(accelerator.device)
-    with torch.no_grad():
-        explainer.empty_embedding.copy_(classifier.embed(torch.zeros_like(classifier.probe()))[0])
-    # Frozen, so in half precision throughout: under autocast its weights would be cast anew in every pass.
-    dtype = HALF.get(accelerator.mixed_precision, torch.float32)
-    teacher = split_classifier(args.classifier, dtype=dtype).to(accelerator.device)
+    run = _Run(args)
+    args, accelerator = run.args, run.accelerator
+    told = {name: value for name, value in asdict(args).items() if isinstance(value, int | float | str)}
+    accelerator.init_trackers("pretrain", told)
+    bar = tqdm(total=run.steps, initial=run.done, disable=not accelerator.is_main_process, unit="step")
+    start, begun = time.perf_counter(), run.done
+    own = args, run.images, run.classifier, run.rank, run.world, run.steps, run.done, run.position
+    with StopSignals() as signals, bar, batches_of(*own) as stream:
+        while run.done < run.steps:
+            batches: list[Batch] = [next(stream) for _ in range(args.gradient_accumulation_steps)]
+            counts = [sum(len(batch.places) for batch in batches), sum(len(batch.bad) for batch in batches)]
+            good, bad, asked = over_processes(accelerator, [*counts, int(signals.asked > 0)])
+            if asked:
+                run.stop(signals.asked or signal.SIGTERM)
+            if bad:
+                run.note_bad(batches)
+            if not good:
+                raise ValueError(f"No image of step {run.done + 1} could be read; mend {run.images.name}.")
+            losses = run.step(batches, good)
+            run.progress.sums += losses
+            run.progress.since += 1
+            run.done, run.position = run.done + 1, batches[-1].position
 
-    data = load_images(args.train_files, args.image_column, classifier)
-    loader = DataLoader(data, batch_size=args.batch_size, shuffle=True, drop_last=True)
-    held_out = None
-    if args.validation_files:
-        held = load_images(args.validation_files, args.image_column, classifier)
-        rows = held[: args.validation_images]["pixel_values"]
-        held_out = torch.stack(rows).to(accelerator.device)
-
-    decay = [p for p in explainer.parameters() if p.ndim > 1]
-    rest = [p for p in explainer.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
-    model, optimizer, loader = accelerator.prepare(explainer, optimizer, loader)
-    steps_per_epoch = len(loader)
-    if steps_per_epoch == 0:
-        raise ValueError(
-            f"{args.train_files} hold fewer images than one batch of {args.batch_size}; lower batch_size."
-        )
-    steps = args.num_epochs * steps_per_epoch
-    schedule = accelerator.prepare(
-        # Accelerate steps a prepared schedule once for each process.
-        get_cosine_schedule_with_warmup(
-            optimizer,
-            int(args.warmup_ratio * steps) * accelerator.num_processes,
-            steps * accelerator.num_processes,
-        )
-    )
-
-    done: int = 0
-    log: list[dict] = []
-    saved = _checkpoints(output_dir)
-    if saved:
-        accelerator.load_state(str(saved[-1]))
-        progress = json.loads((saved[-1] / "progress.json").read_text())
-        done, log = progress["step"], progress["log"]
-        logger.info(f"Resumed from step {done}.")
-
-    bar = tqdm(total=steps, initial=done, disable=not accelerator.is_main_process, unit="step")
-    start, sums = time.perf_counter(), torch.zeros(2)
-    for epoch in range(done // steps_per_epoch, args.num_epochs):
-        loader.set_epoch(epoch)
-        for batch in skip_first_batches(loader, done % steps_per_epoch):
-            pixel_values = batch["pixel_values"]
-            # Seeded by the step, so that a resumed run draws what an uninterrupted one draws.
-            seed = (args.seed * steps + done) * accelerator.num_processes + accelerator.process_index
-            generator = torch.Generator().manual_seed(seed)
-            if args.flip:
-                mirrored = torch.rand(len(pixel_values), generator=generator) < 0.5
-                pixel_values = torch.where(
-                    mirrored.view(-1, 1, 1, 1).to(pixel_values.device), pixel_values.flip(-1), pixel_values
-                )
-            patch_idx = sample_patches(len(pixel_values), config.num_patches, args.patches_per_image, generator)
-            patch_idx = patch_idx.to(pixel_values.device)
-            with torch.no_grad():
-                images = pixel_values.to(teacher.dtype)
-                seen = teacher.backbone(images)
-                kept, removed = exact_meta_attribution(teacher, images, config.grid_size, args.hops, patch_idx)
-            output = model(
-                pixel_values=pixel_values,
-                features=seen.features,
-                embeddings=seen.embeddings,
-                patch_idx=patch_idx,
-                kept_labels=kept,
-                removed_labels=removed,
-            )
-            accelerator.backward(output.loss)
-            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            sums += torch.stack([output.kept_loss, output.removed_loss]).detach().float().cpu()
-            done += 1
+            rate = (run.done - begun) * run.per_step / (time.perf_counter() - start)
+            kept, removed = losses.tolist()
+            shown = {"loss": kept + removed, "kept": kept, "removed": removed, "images/s": rate}
+            bar.set_postfix(shown, refresh=False)
             bar.update()
-            if done % args.save_steps == 0 or done == steps:
-                since = (done - 1) % args.save_steps + 1
-                elapsed = time.perf_counter() - start
-                row = {
-                    "step": done,
-                    "kept_loss": sums[0].item() / since,
-                    "removed_loss": sums[1].item() / since,
-                    "learning_rate": schedule.get_last_lr()[0],
-                    "images_per_second": since * args.batch_size * accelerator.num_processes / elapsed,
-                }
-                if held_out is not None:
-                    unwrapped = accelerator.unwrap_model(model).eval()
-                    row |= validate(unwrapped, classifier, held_out)
-                    unwrapped.train()
-                log.append({key: round(value, 6) for key, value in row.items()})
-                bar.write(json.dumps(log[-1]))
-                _save(accelerator, output_dir, done, log)
-                start, sums = time.perf_counter(), torch.zeros(2)
-    bar.close()
-
-    explainer = accelerator.unwrap_model(model).eval()
-    if accelerator.is_main_process:
-        # Half precision on disk, float32 when loaded: the config keeps the model's dtype.
-        explainer.save_pretrained(
-            output_dir, state_dict={name: weight.half() for name, weight in explainer.state_dict().items()}
-        )
-        classifier.image_processor.save_pretrained(output_dir)
-        report = {"arguments": asdict(args), "log": log}
-        (output_dir / "training.json").write_text(json.dumps(report, indent=1) + "\n")
-    return explainer
+            if run.done % args.logging_steps == 0:
+                accelerator.log(shown | {"learning_rate": run.schedule.get_last_lr()[0]}, run.done)
+            if run.done % args.save_steps == 0 or run.done == run.steps:
+                row = run.report(rate)
+                if accelerator.is_main_process:
+                    bar.write(dumps(row))
+                run.save()
+                start, begun = time.perf_counter(), run.done
+    return run.finish()

@@ -81,7 +81,7 @@ def attend(classifier: SplitClassifier, pixel_values: Tensor, layout: Layout, ho
     names = [*layout.attentions, *([layout.pooler] if layout.pooler else [])]
     own = (recorder.hook(model.get_submodule(name), name) for name in names)
     with eager_attention(model), hooked(chain(hooks, own)), recorder:
-        output = classifier(pixel_values, **layout.inputs)
+        output = classifier.reading(())(pixel_values, **layout.inputs)
     found = dict(recorder.seen)
     pooled = found[layout.pooler] if layout.pooler else None
     return Attended(output.logits, output.embeddings, [found[name] for name in layout.attentions], pooled)

@@ -1,0 +1,194 @@
+"""Checkpoints that are complete or absent, and signals that ask for one."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import Tensor
+
+# Of a stream whose length is unknown, this many images are read before the share of bad ones counts.
+MIN_IMAGES = 1000
+UNFINISHED = ".partial"  # a folder that is being written or removed
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(output_dir.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Remove what an earlier process was writing or removing when it was killed."""
+    for folder in output_dir.glob(f"*{UNFINISHED}"):
+        shutil.rmtree(folder)
+
+
+def settle(folder: Path) -> None:
+    """Bring the files of a folder to the disk, so that a rename after it cannot outlive them in a power cut."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def writing(what: str, output_dir: Path, unfinished: Path | None = None) -> Iterator[None]:
+    """Let a with-block write, perhaps in the folder `unfinished`; if it fails, remove that and say what is left.
+
+    Raises:
+        OSError: In place of whatever the many writers raise when the disk is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if unfinished:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        last = checkpoints(output_dir)
+        left = f"{last[-1]} is intact" if last else "there is no earlier checkpoint"
+        raise OSError(
+            f"{what} could not be written in {output_dir} ({' '.join(str(error).split())}); {left}. "
+            "Free some space and run the same command again."
+        ) from error
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    progress: dict[str, Any],
+    position: tuple[int, int],
+    total_limit: int,
+) -> None:
+    """Write a checkpoint under another name, rename it, and only then remove those beyond `total_limit`.
+
+    Args:
+        progress: what the loop needs to go on, as JSON; from the main process.
+        position: where the stream of this process stands.
+
+    Raises:
+        OSError: If it cannot be written; no part of it stays behind, and earlier checkpoints are untouched.
+    """
+    folder = output_dir / f"checkpoint-{step}"
+    if folder.exists():  # a run that was stopped where it had been resumed
+        return
+    unfinished = folder.with_suffix(UNFINISHED)
+    positions = gather_object([position])
+    accelerator.wait_for_everyone()
+    with writing(f"The checkpoint of step {step}", output_dir, unfinished):
+        accelerator.save_state(str(unfinished), safe_serialization=True)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            text = json.dumps({"step": step, **progress, "positions": positions})
+            (unfinished / "progress.json").write_text(text)
+            settle(unfinished)
+            os.replace(unfinished, folder)
+            for old in checkpoints(output_dir)[:-total_limit]:
+                doomed = old.with_suffix(UNFINISHED)
+                os.replace(old, doomed)  # half removed, it must not look complete
+                shutil.rmtree(doomed)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, output_dir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Load the last complete checkpoint into what `accelerator` prepared, and return its progress.
+
+    Raises:
+        ValueError: If the run that wrote it had other settings; each is named.
+    """
+    saved = checkpoints(output_dir)
+    if not saved:
+        return None
+    progress = json.loads((saved[-1] / "progress.json").read_text())
+    theirs = progress.get("settings", {})
+    changed = [
+        f"{name} was {theirs[name]!r} and is {value!r}"
+        for name, value in json.loads(json.dumps(settings)).items()
+        if name in theirs and theirs[name] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{saved[-1]} is of a run with other settings: {'; '.join(changed)}. "
+            "Pass the old ones to go on with it, or another output_dir to start anew."
+        )
+    accelerator.load_state(str(saved[-1]))
+    return progress
+
+
+@dataclass
+class Progress:
+    """What a run knows besides its weights: all of it is in every checkpoint.
+
+    Args:
+        settings: that a resumed run must share.
+        log: a row for each checkpoint interval.
+        sums: of kept and removed loss since the last row, (2,).
+        since: steps since then.
+        bad: images that could not be read, name -> reason.
+    """
+
+    settings: dict[str, Any]
+    log: list[dict[str, float]] = field(default_factory=list)
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2))
+    since: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.log, self.bad = saved["log"], saved.get("bad", {})
+        self.sums, self.since = torch.tensor(saved.get("sums", [0.0, 0.0])), saved.get("since", 0)
+
+    def note_bad(self, found: dict[str, str], share: float, number: int | None, read: int) -> None:
+        """Count images that could not be read; raises ValueError if they are too many of `number`, or of `read`."""
+        self.bad |= found
+        if len(self.bad) > share * (number or max(read, MIN_IMAGES)):
+            first = ", ".join(list(self.bad)[:5])
+            raise ValueError(
+                f"{len(self.bad)} images could not be read, more than max_bad_images={share}: {first}"
+                f"{', ...' if len(self.bad) > 5 else ''}. Mend or remove them, or raise max_bad_images."
+            )
+
+
+class StopSignals:
+    """Remember SIGTERM and SIGUSR1, in a with-block, instead of dying of them: `asked` is the signal's number or 0."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._before: dict[int, Any] = {}
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.asked = number
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # where alone handlers can be set
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def over_processes(accelerator: Accelerator, values: list[int]) -> list[int]:
+    """Sum whole numbers over all processes."""
+    if accelerator.num_processes == 1:
+        return values
+    tensor = torch.tensor(values, device=accelerator.device)
+    return accelerator.reduce(tensor, "sum").tolist()
