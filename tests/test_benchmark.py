@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import GRID, HOPS, noise_image, save_pair
+from tiny import GRID, HOPS, make_shapley_explainer, noise_image, save_pair
 from transformers import pipeline
 
 import tve_hf
@@ -151,6 +151,34 @@ def test_gradients_are_counted_and_no_explainer_is_needed(settings, tmp_path):
     assert "median_spearman" not in report["summary"]
 
 
+def test_vit_shapley_joins_at_the_cost_of_one_pass(settings, tmp_path):
+    classifier = tve_hf.split_classifier(settings["classifier"])
+    explainer = make_shapley_explainer(classifier)
+    explainer.save_pretrained(tmp_path / "shapley")
+    alone = settings | {"model": None, "methods": ["random"], "vit_shapley": str(tmp_path / "shapley")}
+    report = evaluate(EvaluateArguments(**alone, output_dir=str(tmp_path / "report")))  # on the explainer's grid
+    assert set(report["summary"]["fidelity"]["zero"]) == {"vit_shapley", "random"}
+    assert (report["cost"]["vit_shapley"]["forward"], report["cost"]["vit_shapley"]["backward"]) == (1, 0)
+    images = [noise_image(seed) for seed in range(NUM_IMAGES)]
+    pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
+    class_idx = classifier(pixel_values).logits.argmax(-1)
+    scores = tve_hf.methods.explain(
+        "vit_shapley", classifier, pixel_values, class_idx, GRID, shapley_explainer=explainer
+    )
+    found = tve_hf.fidelity(classifier, pixel_values, scores, class_idx)
+    assert report["per_image"]["vit_shapley/zero/plus"] == pytest.approx(found.plus_auc.tolist(), abs=1e-4)
+
+    with pytest.raises(ValueError, match=r"grid of .*shapley is \(4, 4\), not \(2, 2\)"):
+        evaluate(EvaluateArguments(**(alone | {"grid_size": 2}), output_dir=str(tmp_path / "other")))
+    other = tve_hf.split_classifier(settings["classifier"])
+    with torch.no_grad():
+        other.head.module.weight.mul_(1.1)
+    other.backbone.model.save_pretrained(tmp_path / "head")
+    classifier.image_processor.save_pretrained(tmp_path / "head")
+    with pytest.raises(ValueError, match="bound to the head of tiny"):
+        evaluate(EvaluateArguments(**(alone | {"classifier": str(tmp_path / "head")}), output_dir=str(tmp_path / "h")))
+
+
 def test_pictures_and_table(settings, tmp_path):
     arguments = settings | {"removals": ["zero", "blur"], "num_gallery": 2, "output_dir": str(tmp_path)}
     report = evaluate(EvaluateArguments(**arguments))
@@ -185,6 +213,7 @@ def test_command_line(settings, tmp_path, capsys):
         ({"removals": ["magic"]}, "Unknown removal operator 'magic'"),
         ({"methods": ["rollout@5"]}, "rollout draws no samples"),
         ({"methods": ["tve"], "model": None, "grid_size": GRID}, "tve needs an explainer; pass model"),
+        ({"methods": ["vit_shapley"]}, "vit_shapley needs an explainer of the classifier; pass vit_shapley"),
         ({"methods": ["random"], "model": None}, "pass grid_size"),
         ({"grid_size": GRID + 1}, "leave out grid_size and hops"),
     ],

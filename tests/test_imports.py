@@ -20,6 +20,7 @@ LAYERS = {
     "pretrained_cfg": 0,
     "inputs": 0,
     "configuration_tve": 0,
+    "configuration_shapley": 0.1,
     "strict_json": 0,
     "comparison": 0,
     "remote_code": 0,
@@ -39,10 +40,12 @@ LAYERS = {
     "zero_shot": 0.9,
     "token_drop": 0.8,
     "modeling_tve": 1,
+    "modeling_shapley": 1.1,
     "classifiers": 1,
     "visualization": 1,
     "attribution": 1.5,
     "compatibility": 1.5,
+    "shapley": 1.6,
     "ranking": 1.6,
     "localization": 1.6,
     "sanity": 1.6,
@@ -127,12 +130,14 @@ def test_no_file_imports_upwards(path) -> None:
             assert within or LAYERS[other] < LAYERS[own], f"{path.name}:{line} imports {name}"
 
 
-@pytest.mark.parametrize("name", ["configuration_tve", "modeling_tve", "weights"])
+@pytest.mark.parametrize(
+    "name", ["configuration_shapley", "configuration_tve", "modeling_shapley", "modeling_tve", "weights"]
+)
 def test_the_model_can_be_copied_to_the_hub(name) -> None:
     allowed = {"torch", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
     for imported, line in _imports(PACKAGE / f"{name}.py"):
         if imported.startswith("tve_hf."):
-            copied = {"configuration_tve", "modeling_tve", "patches", "weights"}
+            copied = {"configuration_shapley", "configuration_tve", "modeling_tve", "patches", "weights"}
             assert _layer_of_import(imported) in copied, f"line {line}"
         else:
             assert imported.partition(".")[0] in allowed, f"line {line} imports {imported}"

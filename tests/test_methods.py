@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny import make_shapley_explainer
 from torch import Tensor, nn
 
 from tve_hf import methods
@@ -33,6 +34,8 @@ def _options(name: str, classifier: SplitClassifier, randomized) -> dict:
             intermediate_size=32,
         )
         return {"explainer": randomized(TVEExplainer(config)).eval()}
+    if name == "vit_shapley":
+        return {"shapley_explainer": make_shapley_explainer(classifier)}
     return {
         "exact": {"hops": 1},
         "random": {"generator": torch.Generator().manual_seed(0)},
@@ -93,7 +96,7 @@ def test_the_contract(build, images, randomized, name, architecture_name) -> Non
             torch.testing.assert_close(alone[0], scores[i], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"tve"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"tve", "vit_shapley"}))
 def test_rectangular_grids(shared_model, images, name, randomized) -> None:
     classifier = split_classifier(shared_model("cnn" if (name, "vit") in REFUSED else "vit"))
     scores = methods.explain(

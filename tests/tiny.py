@@ -8,8 +8,9 @@ from PIL import Image
 from torch import nn
 from transformers import BaseImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from tve_hf import SplitClassifier, TVEExplainer, split_classifier
+from tve_hf import ShapleyConfig, ShapleyExplainer, SplitClassifier, TVEExplainer, split_classifier
 from tve_hf.pretrain import config_for
+from tve_hf.shapley import head_fingerprint
 
 LABELS = ["tabby, tabby cat", "Egyptian cat", "Cardigan, Welsh corgi", "cardigan", "crane", "crane", "sports car"]
 SIDE, GRID, HOPS = 32, 4, 1
@@ -47,6 +48,35 @@ def make_explainer(classifier: SplitClassifier) -> TVEExplainer:
     with torch.no_grad():
         explainer.empty_embedding.copy_(classifier.embed(torch.zeros_like(classifier.probe()))[0])
         explainer.trunk.differences.weight.normal_(std=0.2)
+    return explainer
+
+
+def make_shapley_explainer(
+    classifier: SplitClassifier, grid_size: int | tuple[int, int] = GRID, spread: bool = True
+) -> ShapleyExplainer:
+    """Make a ViT-Shapley explainer for this classifier, whose maps are not constant if spread."""
+    output = classifier(classifier.probe())
+    config = ShapleyConfig(
+        image_size=list(classifier.probe().shape[-2:]),
+        grid_size=grid_size,
+        embedding_dim=classifier.embedding_dim,
+        feature_names=list(classifier.backbone.feature_names),
+        feature_dims=[feature.shape[1] for feature in output.features],
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        id2label=classifier.id2label,
+        backbone_name="tiny",
+        backbone_fingerprint=classifier.fingerprint(),
+        head_fingerprint=head_fingerprint(classifier),
+    )
+    torch.manual_seed(1)
+    explainer = ShapleyExplainer(config).eval()
+    with torch.no_grad():
+        explainer.null.copy_(classifier.log_prob(classifier.embed(torch.zeros_like(classifier.probe()))).exp()[0])
+        if spread:
+            explainer.trunk.values.weight.normal_(std=0.2)
     return explainer
 
 

@@ -1,7 +1,7 @@
 """Transferable attribution for image classifiers: explain any head on a backbone with one pre-trained explainer.
 
-Importing this package registers `TVEConfig` and `TVEExplainer` with transformers' Auto classes, and the pipeline task
-"transferable-attribution".
+Importing this package registers `TVEConfig` and `TVEExplainer`, and the rival `ShapleyConfig` and `ShapleyExplainer`,
+with transformers' Auto classes, and the pipeline task "transferable-attribution".
 """
 
 from transformers import AutoConfig, AutoModel
@@ -10,8 +10,10 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from . import methods, metrics
 from .attribution import DEFAULT_RULE, RULES, exact_meta_attribution, transfer, verify
 from .classifiers import SplitClassifier, split_classifier
+from .configuration_shapley import ShapleyConfig
 from .configuration_tve import TVEConfig
 from .fidelity import fidelity
+from .modeling_shapley import ShapleyExplainer, ShapleyExplainerOutput
 from .modeling_tve import TVEExplainer, TVEExplainerOutput
 from .pipeline_tve import TransferableAttributionPipeline
 from .released import DEFAULT_EXPLAINER
@@ -20,6 +22,8 @@ __version__ = "0.1.0"
 
 AutoConfig.register("tve", TVEConfig)
 AutoModel.register(TVEConfig, TVEExplainer)
+AutoConfig.register("vit_shapley", ShapleyConfig)
+AutoModel.register(ShapleyConfig, ShapleyExplainer)
 PIPELINE_REGISTRY.register_pipeline(
     "transferable-attribution",
     pipeline_class=TransferableAttributionPipeline,
@@ -31,6 +35,9 @@ PIPELINE_REGISTRY.register_pipeline(
 __all__ = [
     "DEFAULT_RULE",
     "RULES",
+    "ShapleyConfig",
+    "ShapleyExplainer",
+    "ShapleyExplainerOutput",
     "SplitClassifier",
     "TVEConfig",
     "TVEExplainer",

@@ -15,9 +15,11 @@ from .cells import Cells, digest
 from .classifiers import split_classifier
 from .compatibility import fit
 from .judge import Judge, parse_method
+from .modeling_shapley import ShapleyExplainer
 from .modeling_tve import TVEExplainer
 from .patches import REMOVALS, TOKEN_DROP, GridSize, as_pair
 from .report import summarize, table_of
+from .shapley import fit_shapley
 from .strict_json import dumps
 
 # Lists of methods by the samples that they may take: those of the paper, and ones at which they are worth comparing.
@@ -37,6 +39,9 @@ class EvaluateArguments:
     test_files: list[str] = field(metadata={"help": "Parquet files (or patterns) of held-out images."})
     output_dir: str = field(metadata={"help": "Where report.json, table.md, the plots and the intermediate cells go."})
     model: str | None = field(default=None, metadata={"help": "Explainer of its backbone: adds tve and exact."})
+    vit_shapley: str | None = field(
+        default=None, metadata={"help": "ViT-Shapley explainer of the classifier: adds vit_shapley."}
+    )
     methods: list[str] = field(
         default_factory=lambda: ["random", "rollout", "grad_cam"],
         metadata={"help": "Names of methods, sampling ones as name@samples, or a budget: paper, fair, large."},
@@ -63,7 +68,11 @@ class EvaluateArguments:
 def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
     rule_named(args.rule)
     names = BUDGETS.get(args.methods[0], args.methods) if args.methods else []
-    specs = list(dict.fromkeys([*(["tve", "exact"] if args.model else []), *names]))
+    specs = list(
+        dict.fromkeys(
+            [*(["tve", "exact"] if args.model else []), *(["vit_shapley"] if args.vit_shapley else []), *names]
+        )
+    )
     for spec in specs:
         parse_method(spec)
     for removal in args.removals:
@@ -82,14 +91,26 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
         classifier = fit(explainer, classifier)
     elif "tve" in specs:
         raise ValueError("The method tve needs an explainer; pass model.")
+    shapley_explainer = None
+    if args.vit_shapley is not None:
+        shapley_explainer = ShapleyExplainer.from_pretrained(args.vit_shapley, dtype=torch.float32).eval()
+        fit_shapley(shapley_explainer.to(state.device), classifier)
+    elif "vit_shapley" in specs:
+        raise ValueError("The method vit_shapley needs an explainer of the classifier; pass vit_shapley.")
     config = explainer.config if explainer else None
-    grid: GridSize | None = args.grid_size or (config.grid_shape if config else None)
+    trained = explainer or shapley_explainer
+    grid: GridSize | None = args.grid_size or (trained.config.grid_shape if trained else None)
     hops = args.hops if args.hops is not None else config.hops if config else 2
     if grid is None:
         raise ValueError("Without an explainer the grid is not known; pass grid_size.")
     if config and (as_pair(grid), hops) != (config.grid_shape, config.hops):
         raise ValueError(
             f"The explainer's grid is {config.grid_shape} with hops={config.hops}; leave out grid_size and hops."
+        )
+    if shapley_explainer and shapley_explainer.config.grid_shape != as_pair(grid):
+        raise ValueError(
+            f"The grid of {args.vit_shapley} is {shapley_explainer.config.grid_shape}, not {as_pair(grid)}; compare "
+            "explainers of one grid."
         )
     data = load_dataset("parquet", data_files=args.test_files, split="train")
     column, names = args.image_column, data.column_names
@@ -102,6 +123,7 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
     settings = {
         "classifier": digest(classifier),
         "explainer": digest(explainer) if explainer else None,
+        "vit_shapley": digest(shapley_explainer) if shapley_explainer else None,
         "test_files": args.test_files,
         "grid": list(as_pair(grid)),
         "hops": hops,
@@ -122,6 +144,7 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
         seed=args.seed,
         image_column=column,
         label_column=args.label_column,
+        shapley_explainer=shapley_explainer,
     )
 
 

@@ -13,7 +13,93 @@ _MAX_LAYERS = 1000
 
 
 @strict
-class TVEConfig(PreTrainedConfig):
+class BackboneReaderConfig(PreTrainedConfig):
+    """Describe an explainer that reads a backbone's features: what it reads, its grid, layers, and which backbone.
+
+    What the fields are is said in [`TVEConfig`].
+    """
+
+    image_size: int | list[int] | tuple[int, int] = 224
+    grid_size: int | list[int] | tuple[int, int] = 14
+    embedding_dim: int = 768
+    num_channels: int = 3
+    image_mean: list[float | int] | None = None
+    image_std: list[float | int] | None = None
+    feature_dims: list[int] = field(default_factory=list)
+    feature_names: list[str] = field(default_factory=list)
+
+    hidden_size: int = 256
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    intermediate_size: int = 1024
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    backbone_name: str | None = None
+    backbone_fingerprint: str | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the image, in pixels."""
+        return _pair(self.image_size)
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid."""
+        return _pair(self.grid_size)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of one patch, in pixels."""
+        (height, width), (rows, cols) = self.image_shape, self.grid_shape
+        return height // rows, width // cols
+
+    @property
+    def num_patches(self) -> int:
+        """Number N of patches; patch (row, col) has index row * cols + col."""
+        rows, cols = self.grid_shape
+        return rows * cols
+
+    def validate_architecture(self) -> None:
+        """Check the fields against each other; `@strict` calls this at the end of `__init__`."""
+        for name in ("image_size", "grid_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and len(value) != 2:
+                raise ValueError(f"{name}={value} has {len(value)} entries, give one number or two (vertical first).")
+        sizes = {"image_size": min(self.image_shape), "grid_size": min(self.grid_shape)}
+        sizes |= {f"feature_dims[{i}]": dim for i, dim in enumerate(self.feature_dims)}
+        for name in ("embedding_dim", "num_channels", "hidden_size", "num_attention_heads", "intermediate_size"):
+            sizes[name] = getattr(self, name)
+        _check_range(1, sizes)
+        layers = {"num_hidden_layers": self.num_hidden_layers, "feature_dims": len(self.feature_dims)}
+        _check_range(0, layers, most=_MAX_LAYERS)
+        for pixels, patches in zip(self.image_shape, self.grid_shape, strict=True):
+            if pixels % patches:
+                raise ValueError(
+                    f"image_size={self.image_size} cannot be cut into grid_size={self.grid_size} patches of whole "
+                    f"pixels, choose a grid_size that divides it."
+                )
+        for name in ("image_mean", "image_std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.num_channels:
+                raise ValueError(
+                    f"{name} has {len(value)} entries, give one per channel (num_channels={self.num_channels})."
+                )
+        if len(self.feature_names) != len(self.feature_dims):
+            raise ValueError(
+                f"feature_names has {len(self.feature_names)} entries and feature_dims {len(self.feature_dims)}, "
+                f"give one name per feature map."
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} cannot be split into num_attention_heads={self.num_attention_heads}, "
+                f"choose a number of heads that divides it."
+            )
+
+
+@strict
+class TVEConfig(BackboneReaderConfig):
     r"""Describe a [`TVEExplainer`]: its trunk, its patch grid and the backbone G that it was trained to imitate.
 
     The image is cut into a grid of patches and the explainer predicts, for every patch z, G of the image with only the
@@ -63,31 +149,12 @@ class TVEConfig(PreTrainedConfig):
     sub_configs_defaults = {"mae_config": SubConfigSpec(config_class=ViTMAEConfig, optional=True)}
 
     trunk: Literal["backbone", "vit_mae"] = "backbone"
-    image_size: int | list[int] | tuple[int, int] = 224
-    grid_size: int | list[int] | tuple[int, int] = 14
     hops: int = 2
-    embedding_dim: int = 768
-    num_channels: int = 3
-    image_mean: list[float | int] | None = None
-    image_std: list[float | int] | None = None
-    feature_dims: list[int] = field(default_factory=list)
-    feature_names: list[str] = field(default_factory=list)
-
-    hidden_size: int = 256
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
-    intermediate_size: int = 1024
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
 
     mae_config: dict | PreTrainedConfig | None = None
     num_head_layers: int = 17
     activate_first_head_layer: bool = True
     shared_trunk: bool = True
-
-    backbone_name: str | None = None
-    backbone_fingerprint: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Turn `mae_config` into a config object, and give the Mask-AutoEncoder trunk one if it has none."""
@@ -103,73 +170,13 @@ class TVEConfig(PreTrainedConfig):
             mae_config.mask_ratio = 0.0
             self.mae_config = mae_config
 
-    @property
-    def image_shape(self) -> tuple[int, int]:
-        """Height and width of the image, in pixels."""
-        return _pair(self.image_size)
-
-    @property
-    def grid_shape(self) -> tuple[int, int]:
-        """Rows and columns of the patch grid."""
-        return _pair(self.grid_size)
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        """Height and width of one patch, in pixels."""
-        (height, width), (rows, cols) = self.image_shape, self.grid_shape
-        return height // rows, width // cols
-
-    @property
-    def num_patches(self) -> int:
-        """Number N of patches; patch (row, col) has index row * cols + col."""
-        rows, cols = self.grid_shape
-        return rows * cols
-
     def validate_architecture(self) -> None:
         """Check the fields against each other; `@strict` calls this at the end of `__init__`."""
-        for name in ("image_size", "grid_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) and len(value) != 2:
-                raise ValueError(f"{name}={value} has {len(value)} entries, give one number or two (vertical first).")
-        sizes = {"image_size": min(self.image_shape), "grid_size": min(self.grid_shape)}
-        sizes |= {f"feature_dims[{i}]": dim for i, dim in enumerate(self.feature_dims)}
-        for name in ("embedding_dim", "num_channels", "hidden_size", "num_attention_heads", "intermediate_size"):
-            sizes[name] = getattr(self, name)
-        for name, value in (sizes | {"num_head_layers": self.num_head_layers}).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}, it must be at least 1.")
-        for name in ("hops", "num_hidden_layers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, it must be 0 or more.")
-        layers: dict[str, Any] = {name: getattr(self, name) for name in ("num_hidden_layers", "num_head_layers")}
-        layers["feature_dims"] = len(self.feature_dims)
-        for name in ("num_hidden_layers", "decoder_num_hidden_layers"):
-            layers[f"mae_config.{name}"] = getattr(self.mae_config, name, 0)
-        for name, number in layers.items():
-            if number > _MAX_LAYERS:
-                raise ValueError(f"{name} is {number}, it must be at most {_MAX_LAYERS}.")
-        for pixels, patches in zip(self.image_shape, self.grid_shape, strict=True):
-            if pixels % patches:
-                raise ValueError(
-                    f"image_size={self.image_size} cannot be cut into grid_size={self.grid_size} patches of whole "
-                    f"pixels, choose a grid_size that divides it."
-                )
-        for name in ("image_mean", "image_std"):
-            value = getattr(self, name)
-            if value is not None and len(value) != self.num_channels:
-                raise ValueError(
-                    f"{name} has {len(value)} entries, give one per channel (num_channels={self.num_channels})."
-                )
-        if len(self.feature_names) != len(self.feature_dims):
-            raise ValueError(
-                f"feature_names has {len(self.feature_names)} entries and feature_dims {len(self.feature_dims)}, "
-                f"give one name per feature map."
-            )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} cannot be split into num_attention_heads={self.num_attention_heads}, "
-                f"choose a number of heads that divides it."
-            )
+        super().validate_architecture()
+        _check_range(0, {"hops": self.hops})
+        _check_range(1, {"num_head_layers": self.num_head_layers}, most=_MAX_LAYERS)
+        layers = ("num_hidden_layers", "decoder_num_hidden_layers")
+        _check_range(0, {f"mae_config.{name}": getattr(self.mae_config, name, 0) for name in layers}, most=_MAX_LAYERS)
         self._validate_mae()
 
     def _validate_mae(self) -> None:
@@ -200,8 +207,16 @@ class TVEConfig(PreTrainedConfig):
             )
 
 
+def _check_range(least: int, values: dict[str, int], most: int | None = None) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}, it must be {'at least 1' if least else '0 or more'}.")
+        if most is not None and value > most:
+            raise ValueError(f"{name} is {value}, it must be at most {most}.")
+
+
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-__all__ = ["TVEConfig"]
+__all__ = ["BackboneReaderConfig", "TVEConfig"]

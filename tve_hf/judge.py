@@ -17,6 +17,7 @@ from .cells import Cells, counting
 from .classifiers import SplitClassifier
 from .fidelity import fidelity
 from .images import load_image, seen_region
+from .modeling_shapley import ShapleyExplainer
 from .modeling_tve import TVEExplainer
 from .visualization import gallery, heatmap, overlay
 
@@ -82,6 +83,7 @@ class Judge:
         specs: methods, as `name` or `name@samples`.
         removals: keys of `patches.REMOVALS`.
         grid, hops, rule: as for `exact_meta_attribution` and `transfer`.
+        shapley_explainer: of its head, for the method vit_shapley.
     """
 
     classifier: SplitClassifier
@@ -97,6 +99,7 @@ class Judge:
     seed: int
     image_column: str
     label_column: str
+    shapley_explainer: ShapleyExplainer | None = None
 
     def batches(self) -> Iterator[tuple[int, int]]:
         for start in range(0, len(self.data), self.batch_size):
@@ -120,6 +123,7 @@ class Judge:
         name, options = parse_method(spec)
         offered: dict[str, Any] = {
             "explainer": self.explainer,
+            "shapley_explainer": self.shapley_explainer,
             "rule": self.rule,
             "hops": self.hops,
             # Seeded by the batch, so that a resumed evaluation draws what an uninterrupted one draws.

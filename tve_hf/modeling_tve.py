@@ -27,7 +27,7 @@ from transformers.models.vit_mae.modeling_vit_mae import (
 )
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_tve import TVEConfig
+from .configuration_tve import BackboneReaderConfig, TVEConfig
 from .weights import checked
 
 
@@ -53,7 +53,7 @@ class TVEExplainerOutput(ModelOutput):
 class TVEFeatureReader(nn.Module):
     """Bring one feature map of the backbone to the explainer's width and grid."""
 
-    def __init__(self, config: TVEConfig, channels: int) -> None:
+    def __init__(self, config: BackboneReaderConfig, channels: int) -> None:
         super().__init__()
         self.grid_shape = config.grid_shape
         self.norm = nn.LayerNorm(channels, eps=config.layer_norm_eps)
@@ -72,18 +72,12 @@ class TVEDifferenceHead(nn.Linear):
     """Linear layer that starts at zero; a class of its own so that `_init_weights` can tell it from the others."""
 
 
-class TVEBackboneTrunk(nn.Module):
-    """Predict differences from what the backbone has computed already.
+class TVEBackboneReader(nn.Module):
+    """Read what the backbone has computed already: a few transformer layers on its pixels, features and embedding."""
 
-    kept_z = G(empty image) + dg_z and removed_z = G(x) + dh_z: hiding one neighbourhood moves the embedding a little,
-    showing only one leaves it near that of the empty image. Both differences start at zero. This trunk is not in the
-    paper, whose explainer reads pixels only.
-    """
-
-    def __init__(self, config: TVEConfig) -> None:
+    def __init__(self, config: BackboneReaderConfig) -> None:
         super().__init__()
         self.config = config
-        self.empty_embedding: torch.Tensor
         hidden, eps = config.hidden_size, config.layer_norm_eps
         self.patch_embedding = nn.Conv2d(config.num_channels, hidden, config.patch_size, stride=config.patch_size)
         self.feature_readers = nn.ModuleList(TVEFeatureReader(config, channels) for channels in config.feature_dims)
@@ -101,16 +95,14 @@ class TVEBackboneTrunk(nn.Module):
         self.layers = nn.ModuleList(ViTLayer(vit_config) for _ in range(config.num_hidden_layers))
         _read_attention_setting_from(config, self.layers)
         self.norm = nn.LayerNorm(hidden, eps=eps)
-        self.differences = TVEDifferenceHead(hidden, 2 * config.embedding_dim)
-        self.register_buffer("empty_embedding", torch.zeros(config.embedding_dim))
 
-    def forward(
+    def read(
         self,
         pixel_values: torch.Tensor | None,
         features: tuple[torch.Tensor, ...] | None,
         embeddings: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return kept and removed, (B, N, D), in the precision of `embeddings` or better."""
+        """Return hidden states of the patches, (B, N, hidden), and the embeddings as they were given, (B, D)."""
         pixel_values = _check_pixel_values(pixel_values, self.config)
         features, embeddings = self._check_backbone_outputs(features, embeddings)
         # The backbone may run in another precision than the explainer, and so may the pixels.
@@ -122,9 +114,7 @@ class TVEBackboneTrunk(nn.Module):
             hidden = hidden + reader(feature_map.to(dtype))
         for layer in self.layers:
             hidden = layer(hidden)
-        kept_change, removed_change = self.differences(self.norm(hidden)).chunk(2, dim=-1)  # 2 x (B, N, D)
-        # Added to the embeddings as given: rounding them to bfloat16 weights would cost more than the differences.
-        return self.empty_embedding.to(embeddings.dtype) + kept_change, embeddings[:, None] + removed_change
+        return self.norm(hidden), embeddings
 
     def _check_backbone_outputs(
         self, features: tuple[torch.Tensor, ...] | None, embeddings: torch.Tensor | None
@@ -150,6 +140,33 @@ class TVEBackboneTrunk(nn.Module):
                     f"pass the output of {self.config.feature_names[index]!r}, channels first."
                 )
         return features, embeddings
+
+
+class TVEBackboneTrunk(TVEBackboneReader):
+    """Predict differences from what the backbone has computed already.
+
+    kept_z = G(empty image) + dg_z and removed_z = G(x) + dh_z: hiding one neighbourhood moves the embedding a little,
+    showing only one leaves it near that of the empty image. Both differences start at zero. This trunk is not in the
+    paper, whose explainer reads pixels only.
+    """
+
+    def __init__(self, config: TVEConfig) -> None:
+        super().__init__(config)
+        self.empty_embedding: torch.Tensor
+        self.differences = TVEDifferenceHead(config.hidden_size, 2 * config.embedding_dim)
+        self.register_buffer("empty_embedding", torch.zeros(config.embedding_dim))
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None,
+        features: tuple[torch.Tensor, ...] | None,
+        embeddings: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return kept and removed, (B, N, D), in the precision of `embeddings` or better."""
+        hidden, embeddings = self.read(pixel_values, features, embeddings)
+        kept_change, removed_change = self.differences(hidden).chunk(2, dim=-1)  # 2 x (B, N, D)
+        # Added to the embeddings as given: rounding them to bfloat16 weights would cost more than the differences.
+        return self.empty_embedding.to(embeddings.dtype) + kept_change, embeddings[:, None] + removed_change
 
 
 class TVEMAEEncoder(ViTMAEModel):
@@ -292,8 +309,8 @@ TRUNKS: dict[str, type[TVEBackboneTrunk] | type[TVEMAETrunk]] = {"backbone": TVE
 class TVEPreTrainedModel(PreTrainedModel):
     """Weight initialisation, loading and saving of the explainer."""
 
-    config_class = TVEConfig
-    config: TVEConfig
+    config_class: type[BackboneReaderConfig] = TVEConfig
+    config: BackboneReaderConfig
     base_model_prefix = "tve"
     main_input_name = "pixel_values"
     input_modalities = ["image"]
@@ -321,9 +338,10 @@ class TVEPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, TVEDifferenceHead):
             init.zeros_(module.weight)
-        elif isinstance(module, TVEBackboneTrunk):
+        elif isinstance(module, TVEBackboneReader):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
-            init.zeros_(module.empty_embedding)
+            if isinstance(module, TVEBackboneTrunk):
+                init.zeros_(module.empty_embedding)
         elif isinstance(module, ViTMAEDecoder):
             init.copy_(module.decoder_pos_embed, _sincos_positions(module.decoder_pos_embed))
 
@@ -333,6 +351,8 @@ class TVEExplainer(TVEPreTrainedModel):
 
     What is read besides the pixels, and what the prediction starts from, is the business of `config.trunk`.
     """
+
+    config: TVEConfig
 
     def __init__(self, config: TVEConfig) -> None:
         super().__init__(config)
@@ -417,7 +437,7 @@ def _mean_squared_distance(
     return (predicted.float() - labels.float()).square().sum(-1).mean()
 
 
-def _check_pixel_values(pixel_values: torch.Tensor | None, config: TVEConfig) -> torch.Tensor:
+def _check_pixel_values(pixel_values: torch.Tensor | None, config: BackboneReaderConfig) -> torch.Tensor:
     if pixel_values is None:
         raise ValueError("pixel_values are missing, pass normalised images of shape (B, channels, height, width).")
     expected = (config.num_channels, *config.image_shape)

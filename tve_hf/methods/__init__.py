@@ -15,6 +15,7 @@ from ..patches import GridSize, as_pair
 
 _METHODS = {
     "tve": ".tve",
+    "vit_shapley": ".vit_shapley",
     "exact": ".exact",
     "exact_sampled": ".exact_sampled",
     "random": ".random",
@@ -82,8 +83,9 @@ def explain(
     if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
         known = ", ".join(list(parameters)[4:]) or "none"
         raise ValueError(f"{name} takes no {unknown[0]}, its options are: {known}; 'exact' serves any classifier.")
-    if grid_size is None and "explainer" in options:
-        grid_size = options["explainer"].config.grid_shape
+    explainer = options.get("explainer", options.get("shapley_explainer"))
+    if grid_size is None and explainer is not None:
+        grid_size = explainer.config.grid_shape
     elif grid_size is None:
         inputs = {key: options[key] for key in classifier.backbone.other_inputs if key in options}
         grid_size = classifier.default_grid(pixel_values, **inputs)

@@ -1,0 +1,47 @@
+"""ViT-Shapley: Shapley values of all patches from one pass of an explainer of this classifier (arXiv 2206.05282)."""
+
+import torch
+from torch import Tensor
+
+from ..classifiers import SplitClassifier
+from ..modeling_shapley import ShapleyExplainer
+from ..shapley import check_head
+
+
+@torch.no_grad()
+def explain(
+    classifier: SplitClassifier,
+    pixel_values: Tensor,
+    class_idx: Tensor,
+    grid_size: tuple[int, int],
+    shapley_explainer: ShapleyExplainer,
+) -> Tensor:
+    """Predicted Shapley values in the game v(s) = f(s; y), one pass of the classifier and one of the explainer.
+
+    They add up to f(x; y) - f(nothing; y). Where the explainer learnt from a surrogate, f(nothing; y) is that of the
+    surrogate, which moves all patches of a map by the same amount.
+
+    Args:
+        shapley_explainer: trained for this classifier, head included.
+
+    Returns:
+        scores (B, rows, cols), differences of probability.
+
+    Raises:
+        ValueError: If the explainer has another grid or was trained for another head.
+    """
+    config = shapley_explainer.config
+    if config.grid_shape != grid_size:
+        raise ValueError(
+            f"The explainer's grid is {config.grid_shape}, not {grid_size}; pass grid_size={config.grid_shape}."
+        )
+    check_head(shapley_explainer, classifier)
+    seen = classifier.reading(tuple(config.feature_names))(pixel_values)
+    values = shapley_explainer(
+        pixel_values=pixel_values,
+        features=seen.features,
+        embeddings=seen.embeddings,
+        probabilities=classifier.log_prob(seen.embeddings).exp(),
+    ).shapley_values  # (B, N, C)
+    scores = values.gather(-1, class_idx.view(-1, 1, 1).expand(-1, values.shape[1], 1)).squeeze(-1)
+    return scores.unflatten(1, grid_size)
