@@ -229,6 +229,12 @@ def test_own_picture_goes_with_the_card(owner, shipped, push, reports):
     assert "](example.png)" in files["README.md"].decode()
 
 
+def test_card_of_the_training_makes_way_for_the_results(owner, shipped, push, reports):
+    render_card(shipped, []).save(shipped / "README.md")
+    push(shipped, "org/tve", "--results", *reports, "--yes")
+    assert owner.files("org/tve")["README.md"].decode() == str(render_card(shipped, reports, "org/tve"))
+
+
 def test_card_from_the_hub_can_be_pushed_again(owner, shipped, push, reports):
     push(shipped, "org/tve", "--results", *reports[::-1], "--yes")
     first = owner.files("org/tve")["README.md"]

@@ -165,13 +165,14 @@ def _as_in_card(folder: Path, results: list[Path], card: Path | None) -> list[Pa
             raise ValueError(f"{path} is a report on {model}, not on {folder}; pass the reports of this checkpoint.")
     own = folder / _CARD
     card = card or (own if own.is_file() else None)
-    if card is None:
-        render_card(folder.resolve(), results)
-        return results
     try:
-        text = card.read_text(encoding="utf-8")
+        text = card.read_text(encoding="utf-8") if card else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The card {card} cannot be read ({error}); leave it out to render a new one.") from error
+    # What pre-training wrote there, before there were results, makes way for them.
+    if card is None or (card == own and text.strip() == str(render_card(folder.resolve(), [])).strip()):
+        render_card(folder.resolve(), results)
+        return results
     # The order of tasks in the card is free, and so is the repository's name.
     results = sorted(results, key=lambda path: text.find(f"### {task_of(path)}\n"))
     named = re.search(r'model="([^"]+)"', text)

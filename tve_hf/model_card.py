@@ -152,10 +152,8 @@ def _classifier_values(folder: Path, config: dict[str, Any], results: dict[str, 
 
 def _sources(arguments: dict[str, Any]) -> list[str]:
     """What was trained on, as the training command was told: a data set, files or patterns."""
-    files = arguments.get("train_files") or []
-    return (
-        [arguments["dataset_name"]] if arguments.get("dataset_name") else [files] if isinstance(files, str) else files
-    )
+    told = arguments.get("dataset_name") or arguments.get("train_files") or []
+    return [told] if isinstance(told, str) else told
 
 
 def _on_the_hub(name: str) -> bool:
