@@ -1,6 +1,7 @@
 """Push a checkpoint to the Hub: files and card, checked before anything is sent, in one commit."""
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers.utils import logging
 
 from .model_card import PICTURE, read_json, render_card, report_file, task_of
 from .remote_code import code_files, config_with_code
 from .weights import BAD_TOKEN, find_weights, hub_error, open_source
 
+logger = logging.get_logger(__name__)
+
+ATTEMPTS = 5
 # What a checkpoint consists of, beside its weights; its card comes on top.
 FILES = ("config.json", "preprocessor_config.json", "training.json")
 _CARD = "README.md"
@@ -81,6 +86,7 @@ def prepare(
     private: bool | None = None,
     branch: str | None = None,
     token: str | bool | None = None,
+    measured: bool = True,
 ) -> Push:
     """Check a checkpoint, its card, the token and the repository; nothing is sent, and the folder stays as it is.
 
@@ -95,6 +101,7 @@ def prepare(
         private: whether a new repository is to be private.
         branch: main by default.
         token: of the Hub; by default the one of HF_TOKEN or `hf auth login`.
+        measured: whether an explainer must come with results; the card says so if it does not.
 
     Raises:
         ValueError: If the checkpoint is incomplete, not finite or holds pickles, or the card says something else than
@@ -105,12 +112,14 @@ def prepare(
     files: dict[str, Path | bytes] = dict(_checked_files(folder))
     if read_json(folder / "config.json")["model_type"] == "tve":
         files |= {"config.json": config_with_code(folder).encode()} | {path.name: path for path in code_files()}
+    if measured and not results and read_json(folder / "config.json")["model_type"] == "tve":
+        raise ValueError(f"{folder} needs measured results; run `tve-hf evaluate` and pass its reports as --results.")
     results = _as_in_card(folder, results, card)
     left_out = sorted(path.name for path in folder.iterdir() if path.name not in {*files, _CARD})
 
     branch = branch or "main"
     api = HfApi(token=token)
-    repo_id = _writable(api, repo_id)
+    repo_id = writable(api, repo_id)
     files[_CARD] = str(render_card(folder.resolve(), results, repo_id)).encode()
     there: list[str] | None
     try:
@@ -121,6 +130,26 @@ def prepare(
         raise hub_error(error, repo_id, branch) from error
     removed = [name for name in there or [] if _WEIGHTS.fullmatch(name) and name not in files]
     return Push(repo_id, branch, private, there is not None, files, removed, left_out, token)
+
+
+def publish(folder: Path, repo_id: str, private: bool) -> None:
+    """Push what a training run has made, without results; a push that fails is tried again, ever more slowly.
+
+    Raises:
+        OSError: If it fails every time; the files stay where they are.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            prepare(folder, repo_id, private=private or None, measured=False).send()
+            return
+        except OSError as error:
+            if attempt == ATTEMPTS:
+                raise OSError(
+                    f"{folder} is complete, but could not be pushed to {repo_id} ({error}); run "
+                    f"`hf upload {repo_id} {folder}`."
+                ) from error
+            logger.warning(f"The push to {repo_id} failed ({error}); trying again.")
+            time.sleep(2**attempt)
 
 
 def _checked_files(folder: Path) -> dict[str, Path]:
@@ -157,8 +186,6 @@ def _checked_files(folder: Path) -> dict[str, Path]:
 
 def _as_in_card(folder: Path, results: list[Path], card: Path | None) -> list[Path]:
     """The results in the order of the card, which says what they say."""
-    if not results and read_json(folder / "config.json").get("model_type") == "tve":
-        raise ValueError(f"{folder} needs measured results; run `tve-hf evaluate` and pass its reports as --results.")
     for path in results:
         model = str(read_json(report_file(path)).get("settings", {}).get("model"))
         if Path(model).name != folder.resolve().name:
@@ -188,7 +215,7 @@ def _as_in_card(folder: Path, results: list[Path], card: Path | None) -> list[Pa
     return results
 
 
-def _writable(api: HfApi, repo_id: str) -> str:
+def writable(api: HfApi, repo_id: str) -> str:
     """The full name of a repository that the token may write to."""
     try:
         me = api.whoami()

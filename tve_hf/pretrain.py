@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from huggingface_hub import HfApi
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -28,6 +29,7 @@ from .checkpointing import (
 from .classifiers import split_classifier
 from .files import write_whole
 from .held_out import HeldOut
+from .hub import publish, writable
 from .model_card import render_card
 from .modeling_tve import TVEExplainer
 from .patches import sample_patches
@@ -35,7 +37,6 @@ from .pretraining_arguments import PretrainArguments, check
 from .pretraining_data import Batch, batches_of, steps_of
 from .pretraining_images import first_images, open_images
 from .pretraining_model import build_explainer, build_optimizer, config_for, with_sizes_of_explainer
-from .publishing import prepare_repository, upload
 from .strict_json import dumps
 
 logger = logging.get_logger(__name__)
@@ -74,7 +75,7 @@ class _Run:
         self.per_step = args.batch_size * args.gradient_accumulation_steps * self.world
         self.repo_id = ""
         if args.push_to_hub and accelerator.is_main_process:
-            self.repo_id = prepare_repository(args.hub_model_id or output_dir.resolve().name, args.hub_private_repo)
+            self.repo_id = writable(HfApi(), args.hub_model_id or output_dir.resolve().name)
         with accelerator.main_process_first():
             self.images = open_images(args, args.train_files, args.train_split, args.streaming)
         self.steps = steps_of(args, self.images, self.world)
@@ -248,9 +249,10 @@ class _Run:
                 for path in unfinished.iterdir():
                     os.replace(path, self.output_dir / path.name)
                 unfinished.rmdir()
-                write_whole(self.output_dir / "README.md", render_card(self.output_dir, []).save)
+                card = render_card(self.output_dir, [], self.repo_id or None)
+                write_whole(self.output_dir / "README.md", card.save)
             if self.args.push_to_hub:
-                upload(self.output_dir, self.repo_id)
+                publish(self.output_dir, self.repo_id, self.args.hub_private_repo)
         self.accelerator.end_training()
         return explainer
 
