@@ -23,7 +23,7 @@ def test_it_survives_a_file_and_auto_config_finds_it(tmp_path) -> None:
         "id2label": {0: "cat", 1: "dog", 2: "crane"},
         "backbone_name": "org/name",
         "backbone_fingerprint": "abc",
-        "head_fingerprint": "def",
+        "head_fingerprint": [0.25, -1.5],
     }
     ShapleyConfig(**values).save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)

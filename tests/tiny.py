@@ -57,7 +57,7 @@ def make_shapley_explainer(
     """Make a ViT-Shapley explainer for this classifier, whose maps are not constant if spread."""
     output = classifier(classifier.probe())
     config = ShapleyConfig(
-        image_size=list(classifier.probe().shape[-2:]),
+        image_size=SIDE,
         grid_size=grid_size,
         embedding_dim=classifier.embedding_dim,
         feature_names=list(classifier.backbone.feature_names),

@@ -15,7 +15,8 @@ class ShapleyConfig(BackboneReaderConfig):
 
     Args:
         id2label: names of the C classes, as in every config of transformers.
-        head_fingerprint: of the head whose probabilities the explainer learnt; another head needs another explainer.
+        head_fingerprint: 16 numbers by which to recognise the head whose probabilities the explainer learnt; another
+            head needs another explainer.
 
     Example:
 
@@ -30,7 +31,7 @@ class ShapleyConfig(BackboneReaderConfig):
 
     model_type = "vit_shapley"
 
-    head_fingerprint: str | None = None
+    head_fingerprint: list[float | int] | None = None
 
     def validate_architecture(self) -> None:
         """Check the fields against each other; `@strict` calls this at the end of `__init__`."""

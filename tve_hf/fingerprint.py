@@ -75,11 +75,8 @@ def _sketch(samples: Iterable[Tensor]) -> str:
     return sketch.astype("<f2").tobytes().hex()
 
 
-def match(one: str, other: str, tolerance: float = _TOLERANCE) -> Match:
+def match(one: str, other: str) -> Match:
     """Compare two fingerprints of the same kind, two quick or two full ones.
-
-    Args:
-        tolerance: root mean square by which the sketches of the same weights may differ, where there are no hashes.
 
     Returns:
         "same weights" if one's are the other's, perhaps rounded to half precision; "same architecture, other weights"
@@ -100,7 +97,7 @@ def match(one: str, other: str, tolerance: float = _TOLERANCE) -> Match:
         values, other_values = (
             np.frombuffer(bytes.fromhex(s), "<f2").astype(np.float64) for s in (sketch, other_sketch)
         )
-        same = bool(np.sqrt(np.mean((values - other_values) ** 2)) <= tolerance)
+        same = bool(np.sqrt(np.mean((values - other_values) ** 2)) <= _TOLERANCE)
     return "same weights" if same else "same architecture, other weights"
 
 
