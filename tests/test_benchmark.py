@@ -134,9 +134,9 @@ def test_nothing_is_computed_twice(settings, tmp_path, monkeypatch):
 
 
 def test_cost_counts_the_passes(report):
-    """One pass for tve and for rollout, none for random; two for each patch for exact."""
+    """One pass for tve, none for random, two a patch for exact; rollout looks twice at an image of each batch."""
     assert report["cost"]["tve"]["forward"] == 1
-    assert report["cost"]["rollout"]["forward"] == 1
+    assert report["cost"]["rollout"]["forward"] == pytest.approx((NUM_IMAGES + 2) / NUM_IMAGES)
     assert report["cost"]["random"]["forward"] == 0
     assert report["cost"]["exact"]["forward"] == 2 * GRID**2
     assert all(cost["backward"] == 0 and cost["seconds"] > 0 for cost in report["cost"].values())

@@ -33,6 +33,11 @@ class Rule:
     averaged: bool = False
     kept: bool = True
 
+    @property
+    def signed(self) -> bool:
+        """Whether scores have a unit, and those above 0 support the class: so it is with neither scaling nor half."""
+        return self.kept and not self.standardized
+
 
 def _log_prob(classifier: SplitClassifier, embeddings: Tensor) -> Tensor:
     return classifier.log_prob(embeddings)
@@ -57,7 +62,8 @@ RULES: dict[str, Rule] = {
     "standardized_prob_averaged": Rule(_prob, standardized=True, averaged=True),
 }
 
-DEFAULT_RULE = "log_prob"
+# Of the rules that keep sign and units, the one that holds up best: examples/study_rules.py.
+DEFAULT_RULE = "logit_averaged"
 
 
 def rule_named(name: str) -> Rule:

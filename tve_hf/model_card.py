@@ -59,6 +59,7 @@ def _agreement(results: dict[str, dict[str, Any]]) -> str:
         "median ε of Theorem 1": ("median_epsilon", "{:.2f}"),
     }
     rows = [["", *results], ["images", *(str(r["num_images"]) for r in results.values())]]
+    rows.append(["rule", *(f"`{r['settings']['rule']}`" for r in results.values())])
     for title, (key, form) in lines.items():
         rows.append([title, *(form.format(float(r["summary"][key])) for r in results.values())])
     return _table(rows)
@@ -81,7 +82,6 @@ def _shares(results: dict[str, dict[str, Any]]) -> str:
 def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
     training = read_json(folder / "training.json")
     arguments, last = training["arguments"], training["log"][-1]
-    first = next(iter(results.values()))
     picture = (PICTURE, "of this explainer") if (folder / PICTURE).is_file() else (_CHELSEA, "of the one in tve_hf")
     return {
         "picture": "![A photograph under its map, {1}]({0})".format(*picture),
@@ -91,7 +91,6 @@ def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, d
         "image": " × ".join(str(side) for side in config["image_size"]),
         "hops": str(config["hops"]),
         "embedding_dim": str(config["embedding_dim"]),
-        "rule": first["settings"]["rule"],
         "agreement": _agreement(results),
         "fidelity": _fidelity(results),
         "shares": _shares(results),
