@@ -43,18 +43,24 @@ python examples/study_rules.py --num_images 100 --output_file $results/rules.jso
     --case $vit 8 1 "$data/tiny_imagenet/test-*.parquet" $explainer \
     --case "$models/$mobilenet" 8 1 "$data/imagenet_samples/test-*.parquet" $runs/explainer-mobilenet
 
+measure() { # task, rule, name of the report, methods
+    classifier=$([ $1 = tiny_imagenet ] && echo $vit || echo $pets)
+    tve-hf evaluate --classifier "$classifier" --model $explainer --num_images 300 --rule $2 \
+        --test_files "$data/$1/test-*.parquet" --output_dir $runs/results/$3 --methods ${@:4}
+    mkdir -p $results/$3
+    for file in report.json table.md fidelity.png cost.png; do
+        install -m 644 $runs/results/$3/$file $results/$3/$file
+    done
+}
 for task in tiny_imagenet cats_vs_dogs; do
-    classifier=$([ $task = tiny_imagenet ] && echo $vit || echo $pets)
-    tve-hf evaluate --classifier "$classifier" --model $explainer --num_images 300 \
-        --test_files "$data/$task/test-*.parquet" --output_dir $runs/results/$task
-    mkdir -p $results/$task
-    install -m 644 $runs/results/$task/report.json $runs/results/$task/table.md $results/$task/
+    measure $task logit_averaged $task random rollout grad_cam legrad
+    measure $task log_prob ${task}_log_prob random # the paper's rule, for which Theorem 1 holds
 done
 
 for folder in $vit $pets; do
     tve-hf card $folder --output "model_cards/$(basename $folder).md"
 done
-tve-hf card $explainer --results $results/tiny_imagenet $results/cats_vs_dogs \
+tve-hf card $explainer --results $results/{tiny_imagenet,cats_vs_dogs}{,_log_prob} \
     --output "model_cards/$(basename $explainer).md"
 tve-hf explain --output docs
 rm docs/chelsea.json

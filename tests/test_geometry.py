@@ -228,12 +228,14 @@ def test_exact_attribution_of_rows_of_patches_equals_a_loop(naflex) -> None:
         expected[b, patch] = logits[0] - logits[1]
     assert expected.std() > 0.01
     kept, removed = exact_meta_attribution(classifier, hops=1, chunk_size=7, **inputs)
-    torch.testing.assert_close(transfer(kept, removed, classifier, class_idx), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        transfer(kept, removed, classifier, class_idx, "log_prob"), expected, rtol=1e-4, atol=1e-5
+    )
     pixel_values = inputs["pixel_values"]
     others = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    scores = methods.explain("exact", classifier, pixel_values, class_idx, hops=1, **others)
+    scores = methods.explain("exact", classifier, pixel_values, class_idx, hops=1, rule="log_prob", **others)
     torch.testing.assert_close(scores, expected.view(2, 3, 5), rtol=1e-4, atol=1e-5)
-    scores = methods.explain("exact", classifier, pixel_values, class_idx, (3, 1), hops=0, **others)
+    scores = methods.explain("exact", classifier, pixel_values, class_idx, (3, 1), hops=0, rule="log_prob", **others)
     assert scores.shape == (2, 3, 1)
 
 

@@ -105,7 +105,7 @@ def test_probabilities_of_zero_stay_finite(classifier, examples, estimator) -> N
     expected = np.log(np.where(probabilities == 0, LEAST_PROBABILITY, probabilities))
     np.testing.assert_allclose(split.log_prob(queries).flatten(0, 1), expected, atol=1e-5)
     assert split.log_prob(queries).exp().sum(-1).sub(1).abs().max() < 1e-6
-    scores = tve_hf.transfer(queries, queries.flip(1), split, torch.tensor([0, 1]))
+    scores = tve_hf.transfer(queries, queries.flip(1), split, torch.tensor([0, 1]), "log_prob")
     assert scores.isfinite().all() and scores.std() > 0
 
 
@@ -211,7 +211,7 @@ def test_a_pipeline_explains_an_estimator_by_its_own_class_names(tmp_path) -> No
         embeddings = split.embed(processor(pictures, return_tensors="pt")["pixel_values"])
     estimator = LogisticRegression().fit(embeddings.numpy(), ["crow", "dove"] * 6)
     explain = pipeline("transferable-attribution", model=str(explainer), classifier=split.with_head(estimator))
-    (found,) = explain(pictures[0], label="dove")
+    (found,) = explain(pictures[0], label="dove", rule="log_prob")
     assert found["score"] == pytest.approx(estimator.predict_proba(embeddings[:1].double().numpy())[0, 1], abs=1e-5)
     with torch.no_grad():
         pixel_values = processor(pictures[0], return_tensors="pt")["pixel_values"]
@@ -470,8 +470,8 @@ def test_a_second_head_costs_no_pass_of_the_backbone(shared_model, images, examp
     estimator = LogisticRegression().fit(examples[0].numpy(), examples[1].numpy())
     task = general.with_head(estimator)
     class_idx = torch.tensor([1, 2])
-    scores = tve_hf.transfer(kept, removed, task, class_idx)
-    general_scores = tve_hf.transfer(kept, removed, general, class_idx)
+    scores = tve_hf.transfer(kept, removed, task, class_idx, "log_prob")
+    general_scores = tve_hf.transfer(kept, removed, general, class_idx, "log_prob")
     assert passes == []
     handle.remove()
 
