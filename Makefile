@@ -25,8 +25,11 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A process for each core, each of one thread: many small tests, few large products.
+test test-timm timm-table: export OMP_NUM_THREADS = 1
+
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
@@ -40,11 +43,8 @@ $(TIMM_VENV)/.installed: pyproject.toml
 	$(TIMM_VENV)/bin/pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
 	touch $@
 
-# One thread: on images this small, several wait for one another.
-test-timm timm-table: export OMP_NUM_THREADS = 1
-
 test-timm: $(TIMM_VENV)/.installed
-	$(TIMM_VENV)/bin/python -m pytest tests/test_timm.py tests/test_every_class.py -k timm
+	$(TIMM_VENV)/bin/python -m pytest -n auto tests/test_timm.py tests/test_every_class.py -k timm
 
 timm-table: $(TIMM_VENV)/.installed
 	$(TIMM_VENV)/bin/python tests/timm_families.py --output docs/timm.md
