@@ -1,6 +1,7 @@
 """The two parts of a split classifier as modules: backbone G and the classifier's own head H_t."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .splitting import HeadPart, as_map, feature_in, first_tensor, hooked, logits_of
-from .wrapped import uncompiled
+from .wrapped import is_compiled, uncompiled
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Backbone(nn.Module):
         self.parts = tuple(parts)
         self.feature_names = feature_names
         self.other_inputs = other_inputs  # what the model reads besides pixel_values
+        self.compiled = is_compiled(model)  # asked once: to look at every module in each pass would cost percents
 
     @property
     def embedding_dim(self) -> int:
@@ -119,10 +121,13 @@ class Backbone(nn.Module):
 
                 yield self.model.get_submodule(name).register_forward_hook(keep_output)
 
-        with uncompiled(self.model), hooked(hooks()):
+        with uncompiled(self.model) if self.compiled else nullcontext(), hooked(hooks()):
             logits = logits_of(self.model(pixel_values, **inputs))
         missing = [part.name for part in self.parts if part.start not in embeddings]
         missing += [name for name in self.feature_names if name not in features]
+        if missing and not self.compiled and is_compiled(self.model):  # since it was split
+            self.compiled = True
+            return self(pixel_values, **inputs)
         if missing:
             raise ValueError(
                 f"{missing[0]!r} gives no embedding or feature map of images of {tuple(pixel_values.shape[-2:])} "

@@ -6,6 +6,7 @@ block, with queries that are none of its tokens. Which tokens the embedding is r
 
 import inspect
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -138,8 +139,9 @@ def find_layout(classifier: SplitClassifier, pixel_values: Tensor, every_block: 
     used, outputs, slopes = _observe(classifier, pixel_values[:1], inputs)
     option = "output_attentions"  # without which some older classes return no weights
     if not used and option in inspect.signature(classifier.backbone.model.forward).parameters:
-        inputs = {option: True}
-        used, outputs, slopes = _observe(classifier, pixel_values[:1], inputs)
+        with suppress(ValueError):  # some say that they have none to return
+            used, outputs, slopes = _observe(classifier, pixel_values[:1], {option: True})
+            inputs = {option: True}
     is_pooler = len(used) > 1 and used[-1][1].shape[-1] != used[-1][1].shape[-2]
     pooler = used.pop() if is_pooler else None
     num_tokens = used[-1][1].shape[-1] if used else 0
