@@ -57,6 +57,8 @@ for task in tiny_imagenet cats_vs_dogs; do
     measure $task log_prob ${task}_log_prob random # the paper's rule, for which Theorem 1 holds
 done
 
+python examples/study_theorem.py --report $results/tiny_imagenet_log_prob/report.json --output $results/theorem.png
+
 for folder in $vit $pets; do
     tve-hf card $folder --output "model_cards/$(basename $folder).md"
 done
