@@ -178,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         except Refused as error:
             self._json({"error": error.message}, error.status, error.headers)
 
-    do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = _serve
 
     def _json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.fault = self.fault if status < 400 else None

@@ -164,7 +164,7 @@ def batches_of(
     position: tuple[int, int],
 ) -> Iterator[Iterator[Batch]]:
     """Load this process's batches, in a with-block, from step `done` on; a stream goes on from `position`."""
-    order: Order | Stream
+    order: Any  # torch asks for a list of indices; the decoder takes what these give
     crop_seed = f"{args.seed}"
     if isinstance(images.data, Dataset):
         sizes = args.batch_size, args.gradient_accumulation_steps
@@ -177,7 +177,7 @@ def batches_of(
     closing = torch.multiprocessing.Event()
     loader = DataLoader(
         Decoder(images, classifier, crop_seed if args.random_resized_crop else None),
-        batch_sampler=order,  # type: ignore[arg-type]
+        batch_sampler=order,
         collate_fn=_as_it_is,
         num_workers=args.dataloader_num_workers,
         pin_memory=torch.cuda.is_available(),
