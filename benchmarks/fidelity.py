@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--num_levels", type=int, default=14)
     parser.add_argument("--grid_size", type=int, nargs="+", default=[14])
     parser.add_argument("--removal", default="zero")
-    parser.add_argument("--chunk_size", type=int, default=128)
+    parser.add_argument("--chunk_size", type=int, help="images in one pass; that of the package by default")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
@@ -77,7 +77,8 @@ def main() -> None:
     for pixel_values in batches(classifier, args.files, args.num_images, args.batch_size):
         scores = torch.randn(len(pixel_values), *grid, generator=generator).to(device)
         class_idx = classifier(pixel_values).logits.argmax(-1)
-        per_pass = max(1, args.chunk_size // passes_per_image) * min(passes_per_image, args.chunk_size)
+        chunk_size = classifier.images_per_pass(pixel_values, args.chunk_size)
+        per_pass = max(1, chunk_size // passes_per_image) * min(passes_per_image, chunk_size)
         # Of all sizes, as on the curves.
         share = torch.linspace(0, 1, passes_per_image).view(1, -1, 1)
         keep = torch.rand(len(pixel_values), passes_per_image, grid[0] * grid[1], generator=generator) < share
@@ -88,9 +89,12 @@ def main() -> None:
                 model(part)
 
         def run_ours(
-            pixel_values: Tensor = pixel_values, scores: Tensor = scores, class_idx: Tensor = class_idx
+            pixel_values: Tensor = pixel_values,
+            scores: Tensor = scores,
+            class_idx: Tensor = class_idx,
+            chunk_size: int = chunk_size,
         ) -> None:
-            options = {"removal": args.removal, "chunk_size": args.chunk_size}
+            options = {"removal": args.removal, "chunk_size": chunk_size}
             fidelity(classifier, pixel_values, scores, class_idx, args.num_levels, **options)
 
         # Turn by turn, and who goes first too, since other work on the machine comes and goes.

@@ -10,8 +10,8 @@ For the ViT that the package ships, with the layers, images and steps of the TVE
 
     python examples/train_vit_shapley.py --classifier tve_hf/checkpoints/vit-tiny-tiny-imagenet \
         --train_files 'tiny_imagenet/train-*.parquet' --validation_files 'tiny_imagenet/test-*.parquet' \
-        --grid_size 8 --hidden_size 192 --num_hidden_layers 4 --surrogate_steps 1250 --steps 1250 \
-        --output_dir vit-shapley-vit-tiny-tiny-imagenet
+        --grid_size 8 --hidden_size 192 --num_hidden_layers 4 --batch_size 32 --surrogate_steps 1250 \
+        --surrogate_learning_rate 1e-4 --steps 3000 --output_dir vit-shapley-vit-tiny-tiny-imagenet
     tve-hf evaluate --classifier tve_hf/checkpoints/vit-tiny-tiny-imagenet \
         --model tve_hf/checkpoints/tve-vit-tiny-tiny-imagenet --vit_shapley vit-shapley-vit-tiny-tiny-imagenet \
         --test_files 'tiny_imagenet/test-*.parquet' --output_dir vit-shapley-against-tve
@@ -42,7 +42,7 @@ from tve_hf import ShapleyConfig, ShapleyExplainer, SplitClassifier, split_class
 from tve_hf.configuration_tve import BackboneReaderConfig
 from tve_hf.images import load_image
 from tve_hf.patches import mask_patches
-from tve_hf.pretrain import config_for
+from tve_hf.pretrain import HALF, config_for
 from tve_hf.shapley import coalition_values, head_fingerprint, random_coalitions, sample_coalitions
 
 Objective = Callable[[nn.Module, Tensor, torch.Generator], Tensor]  # model, pixel_values -> loss
@@ -67,6 +67,7 @@ class Arguments:
     weight_decay: float = field(default=1e-5)
     warmup_ratio: float = field(default=0.05)
     max_grad_norm: float = field(default=1.0)
+    mixed_precision: str = field(default="bf16", metadata={"help": "no, bf16 or fp16."})
     batch_size: int = field(default=64, metadata={"help": "Images per step and process."})
     save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints and validations."})
     validation_images: int = field(default=32)
@@ -111,16 +112,16 @@ def explainer_objective(
     def loss(explainer: nn.Module, pixel_values: Tensor, generator: torch.Generator) -> Tensor:
         keep = sample_coalitions(len(pixel_values), config.num_patches, num_masks, generator).to(pixel_values.device)
         with torch.no_grad():
-            seen = classifier.backbone(pixel_values)
-            whole = seen.embeddings if surrogate is classifier else surrogate.embed(pixel_values)
-            grand = surrogate.log_prob(whole).exp()
+            images = pixel_values.to(classifier.dtype)
+            seen = classifier.backbone(images)
+            grand = surrogate.log_prob(surrogate.embed(images)).exp()
         return explainer(
             pixel_values=pixel_values,
             features=seen.features,
             embeddings=seen.embeddings,
             probabilities=grand,
             keep=keep,
-            coalition_values=coalition_values(surrogate, pixel_values, keep, config.grid_size),
+            coalition_values=coalition_values(surrogate, images, keep, config.grid_size),
         ).loss
 
     return loss
@@ -206,7 +207,7 @@ def train(
             if done == steps:
                 break
     bar.close()
-    model = accelerator.unwrap_model(model)
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
     return model, log
 
@@ -232,7 +233,9 @@ def config_of(args: Arguments, classifier: SplitClassifier) -> ShapleyConfig:
 def main(arguments: list[str] | None = None) -> ShapleyExplainer:
     """Train surrogate and explainer, and save the latter with its processor and `training.json`."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True)
+    )
     set_seed(args.seed)
     folder = Path(args.output_dir)
     classifier = split_classifier(args.classifier, dtype=torch.float32).to(accelerator.device)
@@ -258,6 +261,9 @@ def main(arguments: list[str] | None = None) -> ShapleyExplainer:
             held_out,
         )
     surrogate.requires_grad_(False)
+    # Frozen from here on, so in half precision throughout: autocast would cast its weights anew in every pass.
+    dtype = HALF.get(accelerator.mixed_precision, torch.float32)
+    classifier, surrogate = (copy.deepcopy(model).to(dtype) for model in (classifier, surrogate))
     empty = torch.zeros_like(classifier.probe()[:1])
     with torch.no_grad():
         explainer.null.copy_(surrogate.log_prob(surrogate.embed(empty)).exp()[0])
@@ -274,7 +280,9 @@ def main(arguments: list[str] | None = None) -> ShapleyExplainer:
     )
     explainer.eval()
     if accelerator.is_main_process:
-        explainer.save_pretrained(folder)
+        # Half precision on disk, float32 when loaded: the config keeps the model's dtype.
+        half = {name: weight.half() for name, weight in explainer.state_dict().items()}
+        explainer.save_pretrained(folder, state_dict=half)
         classifier.image_processor.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps({"arguments": asdict(args), "log": log}, indent=1) + "\n")
     return explainer

@@ -84,19 +84,20 @@ def test_summary_is_recomputed_from_the_images(report):
 def test_images_are_those_of_the_pipeline(report, settings):
     explain = pipeline("transferable-attribution", model=settings["model"], classifier=settings["classifier"])
     labels = [3, 3, 1, 0, 3]
-    for seed in range(NUM_IMAGES):
+    assert sorted(report["rows"]) == list(range(NUM_IMAGES)) != report["rows"]
+    for place, seed in enumerate(report["rows"]):
         (result,) = explain(noise_image(seed), rule="log_prob", verify=GRID * GRID)
         found = result["verification"]
         for name in ("pearson", "spearman", "kept_error", "removed_error", "epsilon", "error"):
-            value = float(report["per_image"][name][seed])
+            value = float(report["per_image"][name][place])
             assert value == pytest.approx(found[name], rel=1e-3, abs=2e-4), name
-        assert report["per_image"]["correct"][seed] == (result["class_idx"] == labels[seed])
+        assert report["per_image"]["correct"][place] == (result["class_idx"] == labels[seed])
         pixel_values = explain.image_processor(noise_image(seed), return_tensors="pt")["pixel_values"]
         scores = torch.from_numpy(result["attribution"]).view(1, -1)
         class_idx = torch.tensor([result["class_idx"]])
         curves = tve_hf.fidelity(explain.classifier, pixel_values, scores, class_idx, removal="zero")
-        assert report["per_image"]["tve/zero/plus"][seed] == pytest.approx(float(curves.plus_auc), abs=1e-4)
-        assert report["per_image"]["tve/zero/minus"][seed] == pytest.approx(float(curves.minus_auc), abs=1e-4)
+        assert report["per_image"]["tve/zero/plus"][place] == pytest.approx(float(curves.plus_auc), abs=1e-4)
+        assert report["per_image"]["tve/zero/minus"][place] == pytest.approx(float(curves.minus_auc), abs=1e-4)
     assert explain.model.config.hops == HOPS
 
 

@@ -688,6 +688,16 @@ def test_embed_masked_does_not_depend_on_the_chunks_and_bounds_them(shared_model
             classifier.embed_masked(images(2, 32), keep, 4, chunk_size=chunk_size), expected, rtol=1e-5, atol=1e-6
         )
         assert sizes == chunks
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((3, 32, 32), 128), ((3, 224, 224), 20), ((3, 512, 256), 8), ((3, 4096, 4096), 1)]
+)
+def test_passes_on_a_cpu_are_bounded_by_their_pixels(shared_model, shape, expected) -> None:
+    classifier = split_classifier(shared_model("cnn"))
+    assert classifier.images_per_pass(torch.empty(1, *shape)) == expected
+    assert classifier.images_per_pass(torch.empty(1, *shape), 7) == 7
+    assert classifier.images_per_pass(torch.empty(1, *shape, device="meta")) == 128
     handle.remove()
 
 

@@ -57,6 +57,7 @@ def run(example, folder):
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
             "masks_per_image": 4,
+            "mixed_precision": "no",
             "batch_size": 3,
             "surrogate_steps": 3,
             "surrogate_learning_rate": 1e-3,
@@ -78,14 +79,14 @@ def test_both_stages_and_what_is_left_on_disk(run, folder, tmp_path) -> None:
     assert [path.name for path in (tmp_path / "run" / "explainer").iterdir()] == ["checkpoint-5"]
 
     loaded = AutoModel.from_pretrained(tmp_path / "run")
-    assert same_weights(loaded, trained)
+    assert same_weights(loaded, trained.half().float())  # as it lies on disk
     assert AutoImageProcessor.from_pretrained(tmp_path / "run").size["height"] == SIDE
     classifier = tve_hf.split_classifier(folder / "classifier")
     assert loaded.config.backbone_fingerprint == classifier.fingerprint()
     # The game is that of the surrogate, which is not the classifier any more.
     with torch.no_grad():
         own = classifier.log_prob(classifier.embed(torch.zeros_like(classifier.probe()))).exp()[0]
-    assert loaded.null.sum().item() == pytest.approx(1, abs=1e-5)
+    assert loaded.null.sum().item() == pytest.approx(1, abs=1e-3)  # half precision
     assert 1e-6 < (loaded.null - own).abs().max() < 0.5
     scores = methods.explain(
         "vit_shapley", classifier, classifier.probe(), torch.tensor([0, 1]), shapley_explainer=loaded

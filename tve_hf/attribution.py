@@ -81,7 +81,7 @@ def exact_meta_attribution(
     hops: int = 2,
     patch_idx: Tensor | None = None,
     removal: str = "zero",
-    chunk_size: int = 128,
+    chunk_size: int | None = None,
     **inputs: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Compute g_z = G(N(z); x) and h_z = G(Z \\ N(z); x) by brute force (Eq. 6), two masked passes a patch.
@@ -93,7 +93,7 @@ def exact_meta_attribution(
         hops: radius of the neighbourhood N(z).
         patch_idx: patches to compute, (B, k) int64; all N if None.
         removal: what replaces removed pixels, a key of `patches.REMOVALS`.
-        chunk_size: masked images in one pass of the backbone: the bound on memory.
+        chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
         inputs: what else the image processor returns and the classifier reads, one row for each image.
 
     Returns:

@@ -56,7 +56,7 @@ class EvaluateArguments:
     )
     image_column: str = field(default="image")
     label_column: str = field(default="label", metadata={"help": "Used for the accuracy, where it exists."})
-    num_images: int = field(default=300)
+    num_images: int = field(default=300, metadata={"help": "Images, drawn at random by the seed."})
     grid_size: int | None = field(default=None, metadata={"help": "P; that of the explainer by default."})
     hops: int | None = field(default=None, metadata={"help": "Radius of neighbourhoods; the explainer's by default."})
     rule: str = field(default=DEFAULT_RULE)
@@ -84,7 +84,9 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
         dtype=torch.float32,
         candidate_labels=args.candidate_labels or None,
         hypothesis_template=args.hypothesis_template or None,
-    ).to(state.device)
+    )
+    # Twice as fast for the convolutions of a CNN, and no slower for anything else.
+    classifier = classifier.to(state.device, memory_format=torch.channels_last)
     explainer = None
     if args.model is not None:
         explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval().to(state.device)
@@ -119,7 +121,10 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
     if min(args.num_images, len(data)) < 1:
         raise ValueError(f"{args.test_files} give no image with num_images={args.num_images}; pass at least one.")
     kept = [name for name in (column, args.label_column) if name in names]
-    data = data.select_columns(kept).select(range(min(args.num_images, len(data))))
+    # Any images, for a set may be sorted by class; the same ones, and more, when more are asked for.
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    rows = order[: args.num_images]
+    data = data.select_columns(kept).select(rows)
     settings = {
         "classifier": digest(classifier),
         "explainer": digest(explainer) if explainer else None,
@@ -134,6 +139,7 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
         classifier=classifier,
         explainer=explainer,
         data=data.cast_column(column, Image(decode=False)),
+        rows=rows,
         cells=Cells(Path(args.output_dir) / "cells", settings),
         specs=specs,
         removals=args.removals,
@@ -190,6 +196,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
     report = {
         "settings": asdict(args),
         "num_images": len(judge.data),
+        "rows": judge.rows,
         "summary": summarize(table, judge.specs, args.removals),
         "cost": {spec: {key: round(value, 6) for key, value in found.items()} for spec, found in cost.items()},
         "curves": {

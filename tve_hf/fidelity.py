@@ -52,7 +52,7 @@ def fidelity(
     num_levels: int = 14,
     grid_size: GridSize | None = None,
     removal: str = "zero",
-    chunk_size: int = 128,
+    chunk_size: int | None = None,
     **inputs: Tensor,
 ) -> Fidelity:
     """Remove, and keep alone, the most important patches S* at evenly spaced sparsities.
@@ -69,7 +69,7 @@ def fidelity(
         class_idx: y, (B,).
         num_levels: points on each curve, both ends included.
         removal: how patches are removed: a key of `patches.REMOVALS`, or "token_drop".
-        chunk_size: masked images in one pass: the bound on memory.
+        chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
         inputs: what else the image processor returns and the classifier reads, one row for each image.
 
     Raises:

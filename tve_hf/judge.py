@@ -79,6 +79,7 @@ class Judge:
         classifier: on the device to compute on.
         explainer: of its backbone, or None: then there is no agreement to compute.
         data: encoded images, and labels where there are any.
+        rows: which row of the test files each image is.
         cells: where results are kept.
         specs: methods, as `name` or `name@samples`.
         removals: keys of `patches.REMOVALS`.
@@ -89,6 +90,7 @@ class Judge:
     classifier: SplitClassifier
     explainer: TVEExplainer | None
     data: Dataset
+    rows: list[int]
     cells: Cells
     specs: list[str]
     removals: list[str]

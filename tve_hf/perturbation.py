@@ -50,7 +50,7 @@ def perturbation(
     num_levels: int = 10,
     grid_size: GridSize | None = None,
     removal: str = "zero",
-    chunk_size: int = 128,
+    chunk_size: int | None = None,
     **inputs: Tensor,
 ) -> Perturbation:
     """Delete 0 to 90 % of the patches, by descending and by ascending score, and see whether the class survives.
@@ -106,7 +106,7 @@ def insertion_deletion(
     grid_size: GridSize | None = None,
     insertion_removal: str = "blur",
     deletion_removal: str = "zero",
-    chunk_size: int = 128,
+    chunk_size: int | None = None,
     **inputs: Tensor,
 ) -> InsertionDeletion:
     """Insert the most important patches into an image that has none, and delete them from the whole image.
@@ -155,7 +155,7 @@ def single_deletion(
     class_idx: Tensor,
     grid_size: GridSize | None = None,
     removal: str = "zero",
-    chunk_size: int = 128,
+    chunk_size: int | None = None,
     **inputs: Tensor,
 ) -> SingleDeletion:
     """Delete each patch by itself, N + 1 passes an image, and correlate scores with the drops of the probability.

@@ -89,7 +89,7 @@ def log_prob_kept(
     keep: Tensor,
     grid_size: GridSize,
     removal: str,
-    chunk_size: int,
+    chunk_size: int | None,
     **inputs: Tensor,
 ) -> Tensor:
     """Return log f(S; .) of each image with each of its sets S of patches kept, boolean (B, K, N) -> (B, K, C)."""
@@ -103,7 +103,7 @@ def prob_kept(
     keep: Tensor,
     grid_size: GridSize,
     removal: str,
-    chunk_size: int,
+    chunk_size: int | None,
     **inputs: Tensor,
 ) -> Tensor:
     """Return f(S; y) for each image's class, (B, K); arguments as for `log_prob_kept`, and class_idx (B,)."""

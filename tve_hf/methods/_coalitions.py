@@ -18,7 +18,7 @@ def explain_images(
     grid_size: tuple[int, int],
     n_samples: int,
     seed: int,
-    chunk_size: int,
+    chunk_size: int | None,
     **options: Any,
 ) -> Tensor:
     """Run a method of captum image by image, which is how it works; the coefficients as scores (B, rows, cols)."""
@@ -35,7 +35,7 @@ def explain_images(
                 baselines=0,
                 feature_mask=numbers,
                 n_samples=n_samples,
-                perturbations_per_eval=chunk_size,
+                perturbations_per_eval=classifier.images_per_pass(pixel_values, chunk_size),
                 return_input_shape=False,
             )
         scores.append(coefficients.reshape(grid_size).float())

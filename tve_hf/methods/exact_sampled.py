@@ -16,7 +16,7 @@ def explain(
     hops: int = 2,
     n_samples: int = 16,
     generator: torch.Generator | None = None,
-    chunk_size: int = 128,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """phi_z = mean over B of log f(N(z) u B; y) - log f(B; y), with B drawn uniformly from the subsets of Z \\ N(z).
 
@@ -26,7 +26,7 @@ def explain(
         hops: radius of the neighbourhood N(z).
         n_samples: backgrounds for each patch; the paper's study takes 16 and 32.
         generator: draws the backgrounds, on the CPU; seeded with 0 if None.
-        chunk_size: masked images in one pass.
+        chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
 
     Returns:
         scores (B, rows, cols), in nats.

@@ -14,7 +14,7 @@ def explain(
     grid_size: tuple[int, int],
     n_steps: int = 50,
     multiply_by_inputs: bool = False,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Gradient of the class logit, averaged along the line from 0 to the image, summed over each patch.
 
@@ -22,7 +22,7 @@ def explain(
         n_steps: points on the line (Gauss-Legendre), a pass and a backward pass each.
         multiply_by_inputs: multiply by the pixels first, as in the paper: the scores then sum to the logit of the
             image less that of the zero image. Off, as in the TVE paper's comparison.
-        chunk_size: images in one pass.
+        chunk_size: images in one pass; as `SplitClassifier.images_per_pass` by default.
 
     Returns:
         Signed scores (B, rows, cols).
@@ -32,8 +32,9 @@ def explain(
         ValueError: If the grid does not divide the image, or under inference mode.
     """
     method = captum_attr().IntegratedGradients(logits_of(classifier), multiply_by_inputs=multiply_by_inputs)
+    per_pass = max(classifier.images_per_pass(pixel_values, chunk_size), len(pixel_values))
     with differentiable(pixel_values) as x:
         attributions = method.attribute(
-            x, baselines=0, target=class_idx, n_steps=n_steps, internal_batch_size=max(chunk_size, len(x))
+            x, baselines=0, target=class_idx, n_steps=n_steps, internal_batch_size=per_pass
         )
     return patch_sums(attributions, grid_size)

@@ -14,7 +14,7 @@ def explain(
     grid_size: tuple[int, int],
     n_samples: int = 400,
     seed: int = 0,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Coefficients of a regression of f(S; y) on which patches are in S, sampled by the Shapley kernel.
 
@@ -22,7 +22,7 @@ def explain(
         n_samples: masked images, one pass each. With fewer than N + 1 for N patches the regression is
             under-determined and the map mostly noise; captum's default, and the TVE paper's, is 25.
         seed: of the coalitions.
-        chunk_size: masked images in one pass.
+        chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
 
     Returns:
         scores (B, rows, cols): differences of probability, whose sum is f(Z; y) - f(nothing; y).

@@ -14,7 +14,7 @@ def explain(
     grid_size: tuple[int, int],
     n_samples: int = 1000,
     seed: int = 0,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Coefficients of a ridge regression of f(S; y) on which patches are in S, weighted by closeness to the image.
 
@@ -25,7 +25,7 @@ def explain(
     Args:
         n_samples: masked images, one pass each; the authors' code takes 1000, and the comparison in the TVE paper 25.
         seed: of the masks.
-        chunk_size: masked images in one pass.
+        chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
 
     Returns:
         scores (B, rows, cols), in units of probability.

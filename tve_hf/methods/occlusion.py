@@ -16,13 +16,13 @@ def explain(
     class_idx: Tensor,
     grid_size: tuple[int, int],
     removal: str = "zero",
-    chunk_size: int = 128,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """f(Z; y) - f(Z \\ {z}; y), N + 1 passes an image.
 
     Args:
         removal: what replaces the patch, a key of `patches.REMOVALS`.
-        chunk_size: masked images in one pass.
+        chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
 
     Returns:
         scores (B, rows, cols), differences of probability.

@@ -20,7 +20,7 @@ def explain(
     cells: int = 7,
     p: float = 0.5,
     generator: torch.Generator | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """sum_i f(x * M_i; y) M_i / (n_samples p), averaged over the pixels of each patch.
 
@@ -33,7 +33,7 @@ def explain(
         cells: side of the small grid.
         p: share of the cells that stay.
         generator: draws the masks, on the CPU; seeded with 0 if None.
-        chunk_size: masked images in one pass.
+        chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
 
     Returns:
         scores (B, rows, cols): an estimate of the probability of the class given that the patch is seen.
@@ -44,7 +44,7 @@ def explain(
     generator = generator or torch.Generator().manual_seed(0)
     batch, _, height, width = pixel_values.shape
     total = torch.zeros(batch, *grid_size, device=pixel_values.device)
-    per_pass = max(1, chunk_size // batch)
+    per_pass = max(1, classifier.images_per_pass(pixel_values, chunk_size) // batch)
     for start in range(0, n_samples, per_pass):
         masks = random_masks(min(per_pass, n_samples - start), (height, width), cells, p, generator)
         masks = masks.to(pixel_values)  # (n, 1, H, W)
