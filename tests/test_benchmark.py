@@ -161,7 +161,7 @@ def test_vit_shapley_joins_at_the_cost_of_one_pass(settings, tmp_path):
     report = evaluate(EvaluateArguments(**alone, output_dir=str(tmp_path / "report")))  # on the explainer's grid
     assert set(report["summary"]["fidelity"]["zero"]) == {"vit_shapley", "random"}
     assert (report["cost"]["vit_shapley"]["forward"], report["cost"]["vit_shapley"]["backward"]) == (1, 0)
-    images = [noise_image(seed) for seed in range(NUM_IMAGES)]
+    images = [noise_image(seed) for seed in report["rows"]]
     pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
     class_idx = classifier(pixel_values).logits.argmax(-1)
     scores = tve_hf.methods.explain(

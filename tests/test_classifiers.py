@@ -688,6 +688,7 @@ def test_embed_masked_does_not_depend_on_the_chunks_and_bounds_them(shared_model
             classifier.embed_masked(images(2, 32), keep, 4, chunk_size=chunk_size), expected, rtol=1e-5, atol=1e-6
         )
         assert sizes == chunks
+    handle.remove()
 
 
 @pytest.mark.parametrize(
@@ -698,7 +699,6 @@ def test_passes_on_a_cpu_are_bounded_by_their_pixels(shared_model, shape, expect
     assert classifier.images_per_pass(torch.empty(1, *shape)) == expected
     assert classifier.images_per_pass(torch.empty(1, *shape), 7) == 7
     assert classifier.images_per_pass(torch.empty(1, *shape, device="meta")) == 128
-    handle.remove()
 
 
 @torch.no_grad()
