@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from tiny import GRID, HOPS, make_shapley_explainer, noise_image, save_pair
-from transformers import pipeline
+from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, pipeline
 
 import tve_hf
-from tve_hf import judge
+from tve_hf import benchmark, judge
 from tve_hf.benchmark import EvaluateArguments, evaluate
 from tve_hf.cli import main
 
@@ -119,6 +119,7 @@ def test_nothing_is_computed_twice(settings, tmp_path, monkeypatch):
         return explain(name, classifier, pixel_values, *args, **options)
 
     monkeypatch.setattr(judge.methods, "explain", counted)
+    monkeypatch.setattr(benchmark, "refusal", lambda *_: None)
     part = settings | {"output_dir": str(tmp_path / "part")}
     with pytest.raises(KeyboardInterrupt):
         evaluate(EvaluateArguments(**part))
@@ -203,6 +204,28 @@ def test_command_line(settings, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert capsys.readouterr().out.strip() == (tmp_path / "table.md").read_text().strip()
     assert report["num_images"] == 2
+
+
+def test_a_budget_leaves_out_what_cannot_serve_and_says_why(settings, tmp_path):
+    """None of the methods that read attention serves a CNN; asked for by name, such a one is an error at once."""
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "cnn")
+    AutoImageProcessor.from_pretrained(settings["classifier"]).save_pretrained(tmp_path / "cnn")
+    given = settings | {"classifier": str(tmp_path / "cnn"), "model": None, "grid_size": GRID, "num_images": 1}
+    budgets = given | {"methods": ["paper", "fair"], "output_dir": str(tmp_path / "report")}
+    report = evaluate(EvaluateArguments(**budgets))
+    attention = {"raw_attention", "rollout", "attention_cam", "chefer_cam", "legrad", "text_span"}
+    assert set(report["refused"]) == attention
+    served = set(report["summary"]["fidelity"]["zero"])
+    assert served == {spec for name in ("paper", "fair") for spec in benchmark.BUDGETS[name]} - attention
+    assert {"rise@50", "rise@400", "exact", "deep_lift"} <= served
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert all(f"- {spec}: {reason}" in table for spec, reason in report["refused"].items())
+    assert report["cost"]["kernel_shap@400"]["forward"] == pytest.approx(400, abs=3)
+    with pytest.raises(ValueError, match="attention"):
+        evaluate(EvaluateArguments(**(given | {"methods": ["random", "rollout"], "output_dir": str(tmp_path / "o")})))
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Image, load_dataset
+from datasets import Dataset, Image, load_dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -14,7 +14,7 @@ from .attribution import DEFAULT_RULE, rule_named
 from .cells import Cells, digest
 from .classifiers import split_classifier
 from .compatibility import fit
-from .judge import Judge, parse_method
+from .judge import Judge, parse_method, refusal
 from .modeling_shapley import ShapleyExplainer
 from .modeling_tve import TVEExplainer
 from .patches import REMOVALS, TOKEN_DROP, GridSize, as_pair
@@ -22,12 +22,14 @@ from .report import summarize, table_of
 from .shapley import fit_shapley
 from .strict_json import dumps
 
-# Lists of methods by the samples that they may take: those of the paper, and ones at which they are worth comparing.
-_CHEAP = ["random", "centre", "raw_attention", "rollout", "grad_cam", "attention_cam", "chefer_cam", "legrad"]
+# Every method that serves a classifier without training, and those that draw samples with as many as the TVE paper
+# gave them, and with as many as they need to be worth comparing.
+_ANY = ["random", "centre", "raw_attention", "rollout", "grad_cam", "attention_cam", "chefer_cam", "legrad"]
+_ANY += ["text_span", "saliency", "ig", "grad_shap", "deep_lift", "occlusion", "exact"]
 BUDGETS: dict[str, list[str]] = {
-    "paper": [*_CHEAP, "ig", "rise@50", "lime@25", "kernel_shap@25"],
-    "fair": [*_CHEAP, "ig", "rise@400", "lime@400", "kernel_shap@400"],
-    "large": [*_CHEAP, "ig", "rise@2000", "lime@2000", "kernel_shap@2000"],
+    "paper": [*_ANY, "rise@50", "lime@25", "kernel_shap@25"],
+    "fair": [*_ANY, "rise@400", "lime@400", "kernel_shap@400"],
+    "large": [*_ANY, "rise@2000", "lime@2000", "kernel_shap@2000"],
 }
 
 
@@ -44,7 +46,7 @@ class EvaluateArguments:
     )
     methods: list[str] = field(
         default_factory=lambda: ["random", "rollout", "grad_cam"],
-        metadata={"help": "Names of methods, sampling ones as name@samples, or a budget: paper, fair, large."},
+        metadata={"help": "Names of methods, sampling ones as name@samples, or budgets: paper, fair, large."},
     )
     removals: list[str] = field(
         default_factory=lambda: ["zero", "blur"],
@@ -65,40 +67,23 @@ class EvaluateArguments:
     seed: int = field(default=0)
 
 
-def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
-    rule_named(args.rule)
-    names = BUDGETS.get(args.methods[0], args.methods) if args.methods else []
-    specs = list(
-        dict.fromkeys(
-            [*(["tve", "exact"] if args.model else []), *(["vit_shapley"] if args.vit_shapley else []), *names]
-        )
-    )
+def _specs(args: EvaluateArguments) -> list[str]:
+    """All methods of an evaluation, without any twice: those of its explainers, then those asked for."""
+    own = [*(["tve", "exact"] if args.model else []), *(["vit_shapley"] if args.vit_shapley else [])]
+    specs = list(dict.fromkeys([*own, *(spec for name in args.methods for spec in BUDGETS.get(name, [name]))]))
     for spec in specs:
         parse_method(spec)
-    for removal in args.removals:
-        if removal not in (*REMOVALS, TOKEN_DROP):
-            known = ", ".join((*REMOVALS, TOKEN_DROP))
-            raise ValueError(f"Unknown removal operator {removal!r}; choose among {known}.")
-    classifier = split_classifier(
-        args.classifier,
-        dtype=torch.float32,
-        candidate_labels=args.candidate_labels or None,
-        hypothesis_template=args.hypothesis_template or None,
-    )
-    # Twice as fast for the convolutions of a CNN, and no slower for anything else.
-    classifier = classifier.to(state.device, memory_format=torch.channels_last)
-    explainer = None
-    if args.model is not None:
-        explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval().to(state.device)
-        classifier = fit(explainer, classifier)
-    elif "tve" in specs:
+    if "tve" in specs and args.model is None:
         raise ValueError("The method tve needs an explainer; pass model.")
-    shapley_explainer = None
-    if args.vit_shapley is not None:
-        shapley_explainer = ShapleyExplainer.from_pretrained(args.vit_shapley, dtype=torch.float32).eval()
-        fit_shapley(shapley_explainer.to(state.device), classifier)
-    elif "vit_shapley" in specs:
+    if "vit_shapley" in specs and args.vit_shapley is None:
         raise ValueError("The method vit_shapley needs an explainer of the classifier; pass vit_shapley.")
+    return specs
+
+
+def _grid_and_hops(
+    args: EvaluateArguments, explainer: TVEExplainer | None, shapley_explainer: ShapleyExplainer | None
+) -> tuple[tuple[int, int], int]:
+    """Grid and radius that were asked for, or else those of the explainers, with which they must agree."""
     config = explainer.config if explainer else None
     trained = explainer or shapley_explainer
     grid: GridSize | None = args.grid_size or (trained.config.grid_shape if trained else None)
@@ -114,6 +99,11 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
             f"The grid of {args.vit_shapley} is {shapley_explainer.config.grid_shape}, not {as_pair(grid)}; compare "
             "explainers of one grid."
         )
+    return as_pair(grid), hops
+
+
+def _images(args: EvaluateArguments) -> tuple[Dataset, list[int]]:
+    """The images, encoded, with labels where there are any; and which rows of the files they are."""
     data = load_dataset("parquet", data_files=args.test_files, split="train")
     column, names = args.image_column, data.column_names
     if column not in names:
@@ -124,13 +114,44 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
     # Any images, for a set may be sorted by class; the same ones, and more, when more are asked for.
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed)).tolist()
     rows = order[: args.num_images]
-    data = data.select_columns(kept).select(rows)
+    return data.select_columns(kept).select(rows).cast_column(column, Image(decode=False)), rows
+
+
+def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
+    rule_named(args.rule)
+    specs = _specs(args)
+    for removal in args.removals:
+        if removal not in (*REMOVALS, TOKEN_DROP):
+            known = ", ".join((*REMOVALS, TOKEN_DROP))
+            raise ValueError(f"Unknown removal operator {removal!r}; choose among {known}.")
+    classifier = split_classifier(
+        args.classifier,
+        dtype=torch.float32,
+        candidate_labels=args.candidate_labels or None,
+        hypothesis_template=args.hypothesis_template or None,
+    )
+    # Twice as fast for the convolutions of a CNN, and no slower for anything else.
+    classifier = classifier.to(state.device, memory_format=torch.channels_last)
+    explainer = shapley_explainer = None
+    if args.model is not None:
+        explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval().to(state.device)
+        classifier = fit(explainer, classifier)
+    if args.vit_shapley is not None:
+        shapley_explainer = ShapleyExplainer.from_pretrained(args.vit_shapley, dtype=torch.float32).eval()
+        fit_shapley(shapley_explainer.to(state.device), classifier)
+    grid, hops = _grid_and_hops(args, explainer, shapley_explainer)
+    data, rows = _images(args)
+    offered = {"hops": hops, "rule": args.rule, "explainer": explainer, "shapley_explainer": shapley_explainer}
+    refused = {spec: error for spec in specs if (error := refusal(classifier, spec, grid, offered))}
+    for spec, error in refused.items():
+        if spec in args.methods:  # by name; a budget is for any classifier, and some methods are for some
+            raise error
     settings = {
         "classifier": digest(classifier),
         "explainer": digest(explainer) if explainer else None,
         "vit_shapley": digest(shapley_explainer) if shapley_explainer else None,
         "test_files": args.test_files,
-        "grid": list(as_pair(grid)),
+        "grid": list(grid),
         "hops": hops,
         "rule": args.rule,
         "seed": args.seed,
@@ -138,17 +159,18 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
     return Judge(
         classifier=classifier,
         explainer=explainer,
-        data=data.cast_column(column, Image(decode=False)),
+        data=data,
         rows=rows,
         cells=Cells(Path(args.output_dir) / "cells", settings),
-        specs=specs,
+        specs=[spec for spec in specs if spec not in refused],
+        refused={spec: str(error) for spec, error in refused.items()},
         removals=args.removals,
-        grid=as_pair(grid),
+        grid=grid,
         hops=hops,
         rule=args.rule,
         batch_size=args.batch_size,
         seed=args.seed,
-        image_column=column,
+        image_column=args.image_column,
         label_column=args.label_column,
         shapley_explainer=shapley_explainer,
     )
@@ -198,6 +220,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
         "num_images": len(judge.data),
         "rows": judge.rows,
         "summary": summarize(table, judge.specs, args.removals),
+        "refused": judge.refused,
         "cost": {spec: {key: round(value, 6) for key, value in found.items()} for spec, found in cost.items()},
         "curves": {
             key: {name: [round(v, 4) for v in values] for name, values in curve.items()}

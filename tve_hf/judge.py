@@ -71,6 +71,30 @@ def parse_method(spec: str) -> tuple[str, dict[str, int]]:
     return name, {"n_samples": int(samples)}
 
 
+def options_of(spec: str, offered: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Read a spec as a method and its options, among them what it takes of those on offer."""
+    name, options = parse_method(spec)
+    parameters = inspect.signature(methods.load(name)).parameters
+    return name, options | {key: value for key, value in offered.items() if key in parameters and value is not None}
+
+
+def refusal(
+    classifier: SplitClassifier, spec: str, grid: tuple[int, int], offered: dict[str, Any]
+) -> ValueError | ImportError | None:
+    """Why a method cannot serve this classifier, or None: tried on one image, with as few samples as may be."""
+    name, options = options_of(spec, offered)
+    parameters = inspect.signature(methods.load(name)).parameters
+    options |= {key: 2 for key in ("n_samples", "n_steps") if key in parameters}
+    pixel_values = classifier.probe()[:1]
+    try:
+        methods.explain(
+            name, classifier, pixel_values, torch.zeros(1, dtype=torch.int64).to(pixel_values.device), grid, **options
+        )
+    except (ValueError, ImportError) as error:
+        return error
+    return None
+
+
 @dataclass
 class Judge:
     """Computes and keeps the cells of one evaluation: classes, maps, agreement and fidelity of each batch.
@@ -82,6 +106,7 @@ class Judge:
         rows: which row of the test files each image is.
         cells: where results are kept.
         specs: methods, as `name` or `name@samples`.
+        refused: why others cannot serve this classifier.
         removals: keys of `patches.REMOVALS`.
         grid, hops, rule: as for `exact_meta_attribution` and `transfer`.
         shapley_explainer: of its head, for the method vit_shapley.
@@ -93,6 +118,7 @@ class Judge:
     rows: list[int]
     cells: Cells
     specs: list[str]
+    refused: dict[str, str]
     removals: list[str]
     grid: tuple[int, int]
     hops: int
@@ -122,8 +148,7 @@ class Judge:
 
     def explain(self, spec: str, pixel_values: Tensor, class_idx: Tensor, start: int) -> dict[str, Tensor]:
         """One method's maps of a batch, and what they cost."""
-        name, options = parse_method(spec)
-        offered: dict[str, Any] = {
+        offered = {
             "explainer": self.explainer,
             "shapley_explainer": self.shapley_explainer,
             "rule": self.rule,
@@ -131,8 +156,7 @@ class Judge:
             # Seeded by the batch, so that a resumed evaluation draws what an uninterrupted one draws.
             "generator": torch.Generator().manual_seed(self.seed + start),
         }
-        parameters = inspect.signature(methods.load(name)).parameters
-        options |= {key: value for key, value in offered.items() if key in parameters and value is not None}
+        name, options = options_of(spec, offered)
         with counting(self.classifier.backbone.model, self.classifier.backbone.head_names) as cost:
             scores = methods.explain(name, self.classifier, pixel_values, class_idx, self.grid, **options)
         return {"scores": scores, **cost.tensors()}

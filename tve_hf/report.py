@@ -98,4 +98,7 @@ def table_of(report: dict[str, Any]) -> str:
             passes = f"{cost['forward']:.4g} + {cost['backward']:.4g}"
             cells += [_interval(row, "random"), _interval(row, "tve"), f"{cost['seconds']:.3g}", passes]
             lines.append(f"| {spec} | " + " | ".join(cells) + " |")
+    if report.get("refused"):
+        lines.append("\nNot for this classifier:\n")
+        lines += [f"- {spec}: {reason}" for spec, reason in report["refused"].items()]
     return "\n".join(lines)
