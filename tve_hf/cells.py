@@ -30,6 +30,8 @@ def digest(*modules: nn.Module) -> str:
 class Cells:
     """A folder of computed tensors, each under a key, all made with the same settings.
 
+    A setting of None says nothing of the results, and may be given later: an explainer that joins, for example.
+
     Raises:
         ValueError: If the folder holds results of other settings; the message names them.
     """
@@ -38,15 +40,16 @@ class Cells:
         self.folder = folder
         path = folder / "settings.json"
         settings = json.loads(json.dumps(settings))
-        if path.is_file():
-            before = json.loads(path.read_text())
-            changed = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
-            if changed:
-                names = "; ".join(f"{n} was {before.get(n)!r}, now {settings.get(n)!r}" for n in sorted(changed))
-                raise ValueError(
-                    f"{folder} holds results of other settings ({names}); choose another output_dir, or remove it."
-                )
-        else:
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        known = {name: value for name, value in before.items() if value is not None}
+        changed = [name for name in known if settings.get(name) not in (known[name], None)]
+        if changed:
+            names = "; ".join(f"{n} was {known[n]!r}, now {settings[n]!r}" for n in sorted(changed))
+            raise ValueError(
+                f"{folder} holds results of other settings ({names}); choose another output_dir, or remove it."
+            )
+        settings |= known
+        if settings != before:
             folder.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}.partial")
             partial.write_text(json.dumps(settings, indent=1) + "\n")
