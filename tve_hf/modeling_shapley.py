@@ -19,7 +19,8 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_shapley import ShapleyConfig
-from .modeling_tve import TVEBackboneReader, TVEDifferenceHead, TVEPreTrainedModel
+from .modeling_tve import TVEPreTrainedModel
+from .trunk_backbone import TVEBackboneReader, TVEDifferenceHead
 
 
 @dataclass
@@ -44,7 +45,7 @@ class ShapleyTrunk(TVEBackboneReader):
 
     def forward(
         self,
-        pixel_values: torch.Tensor | None,
+        pixel_values: torch.Tensor,
         features: tuple[torch.Tensor, ...] | None,
         embeddings: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -101,6 +102,7 @@ class ShapleyExplainer(TVEPreTrainedModel):
         Raises:
             ValueError: an input is missing or has the wrong shape.
         """
+        pixel_values = self._check_pixel_values(pixel_values)
         values = self.trunk(pixel_values, features, embeddings).float()  # (B, N, C)
         batch, num_patches, num_labels = values.shape
         grand = _checked("probabilities", probabilities, (batch, num_labels))

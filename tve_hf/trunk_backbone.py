@@ -1,0 +1,132 @@
+"""The explainer's trunk that reads what the backbone has computed already; it is ours, not the paper's.
+
+Shapes: B images, N = rows * cols patches (row-major), D = embedding_dim.
+"""
+
+import torch
+from torch import nn
+from transformers import ViTConfig
+from transformers.models.vit.modeling_vit import ViTLayer
+
+from .configuration_tve import BackboneReaderConfig, TVEConfig
+
+
+class TVEFeatureReader(nn.Module):
+    """Bring one feature map of the backbone to the explainer's width and grid."""
+
+    def __init__(self, config: BackboneReaderConfig, channels: int) -> None:
+        super().__init__()
+        self.grid_shape = config.grid_shape
+        self.norm = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(channels, config.hidden_size)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """Return tokens (B, N, hidden) of a map (B, C, h, w) of any height and width."""
+        hidden = self.projection(self.norm(feature_map.permute(0, 2, 3, 1)))  # (B, h, w, hidden)
+        hidden = nn.functional.interpolate(
+            hidden.permute(0, 3, 1, 2), size=self.grid_shape, mode="bilinear", align_corners=False
+        )  # (B, hidden, rows, cols)
+        return hidden.flatten(2).transpose(1, 2)  # (B, N, hidden)
+
+
+class TVEDifferenceHead(nn.Linear):
+    """Linear layer that starts at zero; a class of its own so that `_init_weights` can tell it from the others."""
+
+
+class TVEBackboneReader(nn.Module):
+    """Read what the backbone has computed already: a few transformer layers on its pixels, features and embedding."""
+
+    def __init__(self, config: BackboneReaderConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, eps = config.hidden_size, config.layer_norm_eps
+        self.patch_embedding = nn.Conv2d(config.num_channels, hidden, config.patch_size, stride=config.patch_size)
+        self.feature_readers = nn.ModuleList(TVEFeatureReader(config, channels) for channels in config.feature_dims)
+        self.embedding_reader = nn.Sequential(
+            nn.LayerNorm(config.embedding_dim, eps=eps), nn.Linear(config.embedding_dim, hidden)
+        )
+        self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_patches, hidden))
+        vit_config = ViTConfig(
+            hidden_size=hidden,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            hidden_act=config.hidden_act,
+            layer_norm_eps=eps,
+        )
+        layers = [ViTLayer(vit_config) for _ in range(config.num_hidden_layers)]
+        # `set_attn_implementation` does not reach the config made above, so the layers follow the explainer's.
+        for layer in layers:
+            layer.attention.config = config
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(hidden, eps=eps)
+
+    def read(
+        self,
+        pixel_values: torch.Tensor,
+        features: tuple[torch.Tensor, ...] | None,
+        embeddings: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return hidden states of the patches, (B, N, hidden), and the embeddings as they were given, (B, D)."""
+        features, embeddings = self._check_backbone_outputs(features, embeddings)
+        # The backbone may run in another precision than the explainer, and so may the pixels.
+        dtype = self.position_embeddings.dtype
+        hidden = self.patch_embedding(pixel_values.to(dtype)).flatten(2).transpose(1, 2)  # (B, N, hidden)
+        hidden = hidden + self.position_embeddings
+        hidden = hidden + self.embedding_reader(embeddings.to(dtype))[:, None]
+        for reader, feature_map in zip(self.feature_readers, features, strict=True):
+            hidden = hidden + reader(feature_map.to(dtype))
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.norm(hidden), embeddings
+
+    def _check_backbone_outputs(
+        self, features: tuple[torch.Tensor, ...] | None, embeddings: torch.Tensor | None
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        dims = self.config.feature_dims
+        if embeddings is None:
+            raise ValueError('trunk="backbone" needs embeddings, G(x) of shape (B, D); pass those of the classifier.')
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.config.embedding_dim:
+            raise ValueError(
+                f"embeddings have shape {tuple(embeddings.shape)}, expected (B, {self.config.embedding_dim}); "
+                f"use the backbone that this explainer was trained on."
+            )
+        features = () if features is None else tuple(features)
+        if len(features) != len(dims):
+            raise ValueError(
+                f"features has {len(features)} maps, expected {len(dims)}; "
+                f"pass one per entry of config.feature_names={self.config.feature_names}."
+            )
+        for index, (feature_map, channels) in enumerate(zip(features, dims, strict=True)):
+            if feature_map.ndim != 4 or feature_map.shape[1] != channels:
+                raise ValueError(
+                    f"features[{index}] has shape {tuple(feature_map.shape)}, expected (B, {channels}, h, w); "
+                    f"pass the output of {self.config.feature_names[index]!r}, channels first."
+                )
+        return features, embeddings
+
+
+class TVEBackboneTrunk(TVEBackboneReader):
+    """Predict differences from what the backbone has computed already.
+
+    kept_z = G(empty image) + dg_z and removed_z = G(x) + dh_z: hiding one neighbourhood moves the embedding a little,
+    showing only one leaves it near that of the empty image. Both differences start at zero. This trunk is not in the
+    paper, whose explainer reads pixels only.
+    """
+
+    def __init__(self, config: TVEConfig) -> None:
+        super().__init__(config)
+        self.empty_embedding: torch.Tensor
+        self.differences = TVEDifferenceHead(config.hidden_size, 2 * config.embedding_dim)
+        self.register_buffer("empty_embedding", torch.zeros(config.embedding_dim))
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        features: tuple[torch.Tensor, ...] | None,
+        embeddings: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return kept and removed, (B, N, D), in the precision of `embeddings` or better."""
+        hidden, embeddings = self.read(pixel_values, features, embeddings)
+        kept_change, removed_change = self.differences(hidden).chunk(2, dim=-1)  # 2 x (B, N, D)
+        # Added to the embeddings as given: rounding them to bfloat16 weights would cost more than the differences.
+        return self.empty_embedding.to(embeddings.dtype) + kept_change, embeddings[:, None] + removed_change
