@@ -11,7 +11,7 @@ For the ViT that the package ships, with the layers, images and steps of the TVE
     python examples/train_vit_shapley.py --classifier tve_hf/checkpoints/vit-tiny-tiny-imagenet \
         --train_files 'tiny_imagenet/train-*.parquet' --validation_files 'tiny_imagenet/test-*.parquet' \
         --grid_size 8 --hidden_size 192 --num_hidden_layers 4 --batch_size 32 --surrogate_steps 1250 \
-        --surrogate_learning_rate 1e-4 --steps 3000 --output_dir vit-shapley-vit-tiny-tiny-imagenet
+        --surrogate_learning_rate 1e-4 --steps 2000 --save_steps 250 --output_dir vit-shapley-vit-tiny-tiny-imagenet
     tve-hf evaluate --classifier tve_hf/checkpoints/vit-tiny-tiny-imagenet \
         --model tve_hf/checkpoints/tve-vit-tiny-tiny-imagenet --vit_shapley vit-shapley-vit-tiny-tiny-imagenet \
         --test_files 'tiny_imagenet/test-*.parquet' --output_dir vit-shapley-against-tve

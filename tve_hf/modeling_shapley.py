@@ -105,6 +105,9 @@ class ShapleyExplainer(TVEPreTrainedModel):
         pixel_values = self._check_pixel_values(pixel_values)
         values = self.trunk(pixel_values, features, embeddings).float()  # (B, N, C)
         batch, num_patches, num_labels = values.shape
+        # N values share a probability of at most 1: left at the size of the layer's outputs, steps of a usual learning
+        # rate would be larger than the values themselves.
+        values = values / num_patches
         grand = _checked("probabilities", probabilities, (batch, num_labels))
         null = self.null.float()
         values = values + ((grand - null - values.sum(1)) / num_patches)[:, None]
