@@ -143,7 +143,7 @@ class Judge:
         """All cells of one batch that are not there yet."""
         place = f"{start:06}-{stop:06}"
         pixel_values = self.pixels(start, stop)
-        rows = self.data.remove_columns([self.image_column])[start:stop]
+        rows = self.data[start:stop]
         found = self.cells.get(f"classes/{place}", lambda: self.classes(pixel_values, rows))
         class_idx = found["class_idx"].to(pixel_values.device)
         explainer = self.explainer
