@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from tve_hf import methods, split_classifier
-from tve_hf.attribution import pearson, spearman
-from tve_hf.comparison import bootstrap_interval
+from tve_hf.comparison import bootstrap_interval, pearson, spearman
 from tve_hf.images import load_image
 
 

@@ -22,8 +22,6 @@ it on several GPUs. Started again with the same arguments, it goes on from its l
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -39,6 +37,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedConfig, get_cosine_schedule_with_warmup
 
 from tve_hf import ShapleyConfig, ShapleyExplainer, SplitClassifier, split_classifier
+from tve_hf.checkpointing import load_checkpoint, save_checkpoint
 from tve_hf.configuration_tve import BackboneReaderConfig
 from tve_hf.images import load_image
 from tve_hf.patches import mask_patches
@@ -127,24 +126,6 @@ def explainer_objective(
     return loss
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-
-
-def save(accelerator: Accelerator, folder: Path, done: int, log: list[dict]) -> None:
-    """Write a checkpoint under another name, rename it, and only then remove the ones before it."""
-    unfinished = folder / f"checkpoint-{done}.partial"
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished), safe_serialization=True)
-    if accelerator.is_main_process:
-        (unfinished / "progress.json").write_text(json.dumps({"step": done, "log": log}))
-        os.replace(unfinished, folder / f"checkpoint-{done}")
-        for old in checkpoints(folder)[:-1]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
 def train(
     accelerator: Accelerator,
     args: Arguments,
@@ -169,11 +150,9 @@ def train(
     warmup = int(args.warmup_ratio * steps)
     schedule = accelerator.prepare(get_cosine_schedule_with_warmup(optimizer, warmup * world, steps * world))
     done, log = 0, []
-    saved = checkpoints(folder)
+    saved = load_checkpoint(accelerator, folder, settings={})
     if saved:
-        accelerator.load_state(str(saved[-1]))
-        progress = json.loads((saved[-1] / "progress.json").read_text())
-        done, log = progress["step"], progress["log"]
+        done, log = saved["step"], saved["log"]
     bar = tqdm(total=steps, initial=done, desc=folder.name, disable=not accelerator.is_main_process, unit="step")
     total = torch.zeros(())
     while done < steps:
@@ -202,7 +181,8 @@ def train(
                         row["validation_loss"] = objective(model, held_out, fixed).item()
                 log.append(row)
                 bar.write(json.dumps(row))
-                save(accelerator, folder, done, log)
+                position = done // len(loader), done % len(loader)
+                save_checkpoint(accelerator, folder, done, {"log": log}, position, total_limit=1)
                 total.zero_()
             if done == steps:
                 break

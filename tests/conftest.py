@@ -12,7 +12,7 @@ import torch
 import torchvision_ops as torchvision_ops  # before transformers, which imports torchvision where there is one
 from hub_server import Hub
 from stranger import link_packages
-from tiny import noise_image, save_pair
+from tiny import save_noise, save_pair
 from torch import Tensor, nn
 from transformers import (
     BeitConfig,
@@ -323,17 +323,15 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     from tve_hf.released import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
 
     folder = tmp_path_factory.mktemp("reports")
-    rows = {"image": [noise_image(seed) for seed in range(2)], "label": [0, 1]}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     tasks = {"tiny_imagenet": DEFAULT_CLASSIFIER, "cats_vs_dogs": CHECKPOINTS / "vit-tiny-cats-vs-dogs"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "noise.parquet")
+        noise = save_noise(folder / "noise.parquet", 2, label=[0, 1])
         for task, classifier in tasks.items():
             arguments = EvaluateArguments(
                 classifier=str(classifier),
                 model=str(DEFAULT_EXPLAINER),
-                test_files=[str(folder / "noise.parquet")],
+                test_files=[str(noise)],
                 output_dir=str(folder / task),
                 methods=["random"],
                 removals=["zero", "blur"],

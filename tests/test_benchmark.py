@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import GRID, HOPS, make_shapley_explainer, noise_image, save_pair
+from tiny import GRID, HOPS, make_shapley_explainer, noise_image, save_noise, save_pair
 from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, pipeline
 
 import tve_hf
@@ -28,13 +28,11 @@ def isolated(tmp_path, monkeypatch):
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     classifier, explainer = save_pair(folder)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    rows = {"image": [noise_image(seed) for seed in range(NUM_IMAGES)], "label": [3, 3, 1, 0, 3]}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "noise.parquet")
+    noise = save_noise(folder / "noise.parquet", NUM_IMAGES, label=[3, 3, 1, 0, 3])
     return {
         "classifier": str(classifier),
         "model": str(explainer),
-        "test_files": [str(folder / "noise.parquet")],
+        "test_files": [str(noise)],
         "methods": ["random", "rollout"],
         "removals": ["zero"],
         "rule": "log_prob",

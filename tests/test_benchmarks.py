@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import save_classifier
+from tiny import save_classifier, save_noise
 
 ROOT = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -16,13 +16,8 @@ def test_fidelity_is_compared_with_the_passes_that_it_needs(tmp_path, monkeypatc
     arguments = ["--num_images", "3", "--batch_size", "2", "--num_levels", "5", "--grid_size", "4"]
     if files:
         datasets = pytest.importorskip("datasets")
-        from tiny import noise_image
-
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-        features = datasets.Features({"image": datasets.Image()})
-        rows = datasets.Dataset.from_dict({"image": [noise_image(seed) for seed in range(2)]}, features=features)
-        rows.to_parquet(tmp_path / "noise.parquet")
-        arguments += ["--files", str(tmp_path / "noise.parquet")]
+        arguments += ["--files", str(save_noise(tmp_path / "noise.parquet", 2))]
     monkeypatch.setattr(sys, "argv", ["fidelity.py", str(save_classifier(tmp_path / "classifier")), *arguments])
     runpy.run_path(str(ROOT / "fidelity.py"), run_name="__main__")
     report = json.loads(capsys.readouterr().out)

@@ -119,5 +119,5 @@ def test_explainer_reads_the_image_not_only_its_place(shared_data):
     mean_map = found["exact"].mean(0, keepdim=True).expand_as(found["exact"])
     assert (
         found["spearman"].median()
-        > 0.2 + tve_hf.attribution.spearman(mean_map.flatten(1), found["exact"].flatten(1)).median()
+        > 0.2 + tve_hf.comparison.spearman(mean_map.flatten(1), found["exact"].flatten(1)).median()
     )

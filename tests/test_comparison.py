@@ -1,4 +1,4 @@
-"""Paired statistics against closed forms and scipy."""
+"""Statistics against closed forms and scipy."""
 
 import itertools
 
@@ -6,7 +6,22 @@ import pytest
 import torch
 from scipy import stats
 
-from tve_hf.comparison import bootstrap_interval, holm, kendall, sign_flip_test
+from tve_hf.comparison import bootstrap_interval, holm, kendall, pearson, sign_flip_test, spearman
+
+
+def test_correlations_equal_scipys() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(3, 4, 20, generator=generator)
+    other = (one + torch.randn(3, 4, 20, generator=generator)).mul(2).round()  # with ties
+    for i, j in itertools.product(range(3), range(4)):
+        x, y = one[i, j].numpy(), other[i, j].numpy()
+        assert float(pearson(one, other)[i, j]) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-5)
+        assert float(spearman(one, other)[i, j]) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-5)
+
+
+def test_correlation_with_a_constant_is_undefined() -> None:
+    assert pearson(torch.arange(4.0), torch.ones(4)).isnan()
+    assert spearman(torch.arange(4.0), torch.ones(4)).isnan()
 
 
 def test_bootstrap_interval_is_that_of_the_normal_approximation():

@@ -1,19 +1,17 @@
 """The converter against a functional forward written from the research code's weights and conventions."""
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from scripts import load_example
 from torch import Tensor
 
 from tve_hf import TVEExplainer
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "convert_research_checkpoint.py"
 GRID, PATCH, WIDTH, DECODER, DIM, LAYERS = 3, 4, 16, 12, 10, 4
 TOKENS = GRID**2 + 1
 MAE = {
@@ -41,10 +39,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("convert_research_checkpoint", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("convert_research_checkpoint")
 
 
 def shapes() -> dict[str, tuple[int, ...]]:

@@ -46,6 +46,7 @@ LAYERS = {
     "classifiers": 1,
     "visualization": 1,
     "attribution": 1.5,
+    "verification": 1.6,
     "compatibility": 1.5,
     "shapley": 1.6,
     "ranking": 1.6,

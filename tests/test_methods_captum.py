@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from untouched import left_as_found
 
 from tve_hf import methods
-from tve_hf.attribution import pearson
 from tve_hf.classifiers import SplitClassifier, split_classifier
+from tve_hf.comparison import pearson
 
 CLASS_IDX = torch.tensor([1, 3])
 NAMES = ["deep_lift", "grad_shap", "ig", "kernel_shap", "lime", "saliency"]

@@ -6,7 +6,7 @@ import datasets
 import pytest
 from accelerate.state import AcceleratorState
 from hub_server import User
-from tiny import GRID, HOPS, noise_image, save_classifier
+from tiny import GRID, HOPS, save_classifier, save_noise
 
 from tve_hf import hub as pushing
 from tve_hf.pretrain import PretrainArguments, pretrain
@@ -17,10 +17,7 @@ def settings(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     AcceleratorState._reset_state(True)
     classifier = save_classifier(tmp_path / "classifier")
-    features = datasets.Features({"image": datasets.Image()})
-    rows = datasets.Dataset.from_dict({"image": [noise_image(seed) for seed in range(4)]}, features=features)
-    rows.to_parquet(tmp_path / "rows.parquet")
-    files = [str(tmp_path / "rows.parquet")]
+    files = [str(save_noise(tmp_path / "rows.parquet", 4))]
     yield {
         "classifier": str(classifier),
         "train_files": files,

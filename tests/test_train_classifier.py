@@ -1,28 +1,21 @@
 """Classifier-tuning, full fine-tuning and training from scratch, on two colours of noise that a line tells apart."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as Picture
+from scripts import load_example
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 import tve_hf
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train_classifier.py"
 FAST = ["--use_cpu", "--per_device_train_batch_size", "16", "--disable_tqdm", "true", "--learning_rate", "5e-3"]
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("train_classifier", EXAMPLE)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # Trainer pickles its arguments
-    spec.loader.exec_module(module)
-    return module
+    return load_example("train_classifier")
 
 
 @pytest.fixture(scope="module")

@@ -1,30 +1,24 @@
 """The training script of ViT-Shapley on a parquet file of noise: surrogate, resuming, and what it leaves on disk."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny import SIDE, noise_image, same_weights, save_classifier
+from scripts import load_example
+from tiny import SIDE, same_weights, save_classifier, save_noise
 from transformers import AutoImageProcessor, AutoModel
 
 import tve_hf
 from tve_hf import methods
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train_vit_shapley.py"
 GRID = 2
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("train_vit_shapley", EXAMPLE)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("train_vit_shapley")
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +32,7 @@ def isolated(tmp_path, monkeypatch):
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("train")
     save_classifier(root / "classifier")
-    features = datasets.Features({"image": datasets.Image()})
-    rows = datasets.Dataset.from_dict({"image": [noise_image(seed) for seed in range(7)]}, features=features)
-    rows.to_parquet(root / "noise.parquet")
+    save_noise(root / "noise.parquet", 7)
     return root
 
 
@@ -106,14 +98,14 @@ def test_without_a_surrogate_the_classifier_is_asked(run, folder, tmp_path) -> N
 
 def test_a_run_interrupted_in_both_stages_ends_as_an_uninterrupted_one(run, example, tmp_path, monkeypatch) -> None:
     whole = run(tmp_path / "whole")
-    save, stages = example.save, ["surrogate", "explainer"]
+    save, stages = example.save_checkpoint, ["surrogate", "explainer"]
 
-    def interrupted(accelerator, folder, done, log):
-        save(accelerator, folder, done, log)
+    def interrupted(accelerator, folder, done, *rest, **options):
+        save(accelerator, folder, done, *rest, **options)
         if stages and folder.name == stages[0] and done == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(example, "save", interrupted)
+    monkeypatch.setattr(example, "save_checkpoint", interrupted)
     while stages:
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "part")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from PIL import Image
-from tiny import GRID, HOPS, make_explainer, noise_image, save_pair
+from tiny import GRID, HOPS, make_explainer, noise_image, save_noise, save_pair
 from transformers import AutoModel, CLIPForImageClassification, pipeline
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from untouched import left_as_found
@@ -416,12 +416,9 @@ def test_command_line(saved, tmp_path, capsys):
 @pytest.fixture
 def settings(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    features = datasets.Features({"image": datasets.Image()})
-    images = datasets.Dataset.from_dict({"image": [noise_image(seed) for seed in range(4)]}, features=features)
-    images.to_parquet(tmp_path / "noise.parquet")
     yield {
         "classifier": str(saved[0]),
-        "train_files": [str(tmp_path / "noise.parquet")],
+        "train_files": [str(save_noise(tmp_path / "noise.parquet", 4))],
         "output_dir": str(tmp_path / "run"),
         "grid_size": GRID,
         "hops": HOPS,

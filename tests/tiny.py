@@ -94,6 +94,15 @@ def noise_image(seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
+def save_noise(path: Path, number: int, **columns: list) -> Path:
+    """Save such pictures, with other columns if given, as a parquet file."""
+    import datasets  # an extra, which most tests do without
+
+    rows = {"image": [noise_image(seed) for seed in range(number)]} | columns
+    datasets.Dataset.from_dict(rows).to_parquet(path)
+    return path
+
+
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
     """Whether two models hold the same bits."""
     weights, others = one.state_dict(), other.state_dict()

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import methods, metrics
-from .attribution import DEFAULT_RULE, RULES, exact_meta_attribution, transfer, verify
+from .attribution import DEFAULT_RULE, RULES, exact_meta_attribution, transfer
 from .classifiers import SplitClassifier, split_classifier
 from .configuration_shapley import ShapleyConfig
 from .configuration_tve import TVEConfig
@@ -17,6 +17,7 @@ from .modeling_shapley import ShapleyExplainer, ShapleyExplainerOutput
 from .modeling_tve import TVEExplainer, TVEExplainerOutput
 from .pipeline_tve import TransferableAttributionPipeline
 from .released import DEFAULT_EXPLAINER
+from .verification import verify
 
 __version__ = "0.1.0"
 

@@ -1,9 +1,26 @@
-"""Paired statistics over images: bootstrap intervals, sign-flip tests, Holm's correction, rank agreement."""
+"""Statistics: correlations of maps, and over images bootstrap intervals, sign-flip tests, Holm's correction, ranks."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def pearson(one: Tensor, other: Tensor) -> Tensor:
+    """Pearson correlation over the last dimension, (..., n) -> (...); NaN where one side is constant."""
+    one, other = (x.float() - x.float().mean(-1, keepdim=True) for x in (one, other))
+    return (one * other).sum(-1) / (one.square().sum(-1) * other.square().sum(-1)).sqrt()
+
+
+def spearman(one: Tensor, other: Tensor) -> Tensor:
+    """Spearman rank correlation over the last dimension, (..., n) -> (...); ties get their mean rank."""
+
+    def ranks(x: Tensor) -> Tensor:
+        below = (x.unsqueeze(-1) > x.unsqueeze(-2)).float().sum(-1)
+        equal = (x.unsqueeze(-1) == x.unsqueeze(-2)).float().sum(-1)
+        return below + (equal - 1) / 2
+
+    return pearson(ranks(one), ranks(other))
 
 
 def bootstrap_interval(values: Tensor, samples: int = 10_000, seed: int = 0) -> tuple[float, float]:

@@ -7,10 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .attribution import exact_meta_attribution, prediction_errors, spearman, transfer
+from .attribution import exact_meta_attribution, transfer
 from .classifiers import SplitClassifier
+from .comparison import spearman
 from .configuration_tve import TVEConfig
 from .fidelity import fidelity
+from .verification import prediction_errors
 from .visualization import gallery, heatmap, overlay
 
 NUM_PICTURES = 4

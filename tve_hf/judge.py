@@ -12,13 +12,15 @@ from PIL.Image import Image as Picture
 from torch import Tensor
 
 from . import methods
-from .attribution import exact_meta_attribution, pearson, prediction_errors, spearman, transfer
+from .attribution import exact_meta_attribution, transfer
 from .cells import Cells, counting
 from .classifiers import SplitClassifier
+from .comparison import pearson, spearman
 from .fidelity import fidelity
 from .images import load_image, seen_region
 from .modeling_shapley import ShapleyExplainer
 from .modeling_tve import TVEExplainer
+from .verification import prediction_errors
 from .visualization import gallery, heatmap, overlay
 
 
@@ -29,7 +31,7 @@ def agreement(
     """Compare the explainer with the exact attribution, all patches of each image.
 
     Returns:
-        Correlations and errors, (B,) each, as in `attribution.Verification`; the maps `tve` and `exact`, (B, rows,
+        Correlations and errors, (B,) each, as in `verification.Verification`; the maps `tve` and `exact`, (B, rows,
         cols); and the cost of each, as `tve/seconds` and so on.
     """
     config = explainer.config
@@ -165,7 +167,7 @@ class Judge:
         """All cells of one batch that are not there yet."""
         place = f"{start:06}-{stop:06}"
         pixel_values = self.pixels(start, stop)
-        rows = self.data.remove_columns([self.image_column])[start:stop]
+        rows = self.data[start:stop]
         found = self.cells.get(f"classes/{place}", lambda: self.classes(pixel_values, rows))
         class_idx = found["class_idx"].to(pixel_values.device)
         explainer = self.explainer

@@ -6,8 +6,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .attribution import pearson, spearman
 from .classifiers import SplitClassifier
+from .comparison import pearson, spearman
 from .patches import GridSize
 from .ranking import area, check_scores, even_shares, log_prob_kept, most_important, prob_kept
 

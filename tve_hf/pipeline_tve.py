@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, Pipeline, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .attribution import DEFAULT_RULE, rule_named, transfer, verify
+from .attribution import DEFAULT_RULE, rule_named, transfer
 from .classifiers import SplitClassifier, split_classifier
 from .compatibility import find, fit
 from .images import load_image, seen_region
 from .inputs import images_of
 from .released import DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER, EXPLAINERS
+from .verification import verify
 from .visualization import Region, heatmap, overlay
 from .wrapped import is_dispatched
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .attribution import of_class
 from .classifiers import SplitClassifier
 from .patches import GridSize, grid_of
 
@@ -108,8 +109,7 @@ def prob_kept(
 ) -> Tensor:
     """Return f(S; y) for each image's class, (B, K); arguments as for `log_prob_kept`, and class_idx (B,)."""
     log_prob = log_prob_kept(classifier, pixel_values, keep, grid_size, removal, chunk_size, **inputs)
-    index = class_idx.to(log_prob.device).view(-1, 1, 1).expand(-1, log_prob.shape[1], 1)
-    return log_prob.gather(-1, index).squeeze(-1).exp()
+    return of_class(log_prob, class_idx).exp()
 
 
 def area(curves: Tensor, shares: Tensor) -> Tensor:

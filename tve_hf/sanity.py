@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .attribution import spearman
 from .classifiers import SplitClassifier
+from .comparison import spearman
 
 Explain = Callable[[SplitClassifier, Tensor, Tensor], Tensor]
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..attribution import of_class
 from ..classifiers import SplitClassifier
 from ..patches import neighborhoods
 
@@ -40,7 +41,7 @@ def explain(
         log_prob = classifier.log_prob(
             classifier.embed_masked(pixel_values, keep, grid_size, chunk_size=chunk_size)
         )  # (B, 2 N, C)
-        chosen = log_prob.gather(-1, class_idx.view(-1, 1, 1).expand(-1, log_prob.shape[1], 1)).squeeze(-1)
+        chosen = of_class(log_prob, class_idx)  # (B, 2 N)
         with_patch, without = chosen.chunk(2, dim=1)
         total += with_patch - without
     return (total / n_samples).unflatten(1, grid_size)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..classifiers import SplitClassifier
+from ..ranking import prob_kept
 
 
 @torch.no_grad()
@@ -29,6 +30,5 @@ def explain(
     """
     keep = ~torch.eye(grid_size[0] * grid_size[1], dtype=torch.bool, device=pixel_values.device)
     keep = torch.cat([keep.new_ones(1, keep.shape[1]), keep]).expand(len(pixel_values), -1, -1)  # (B, 1 + N, N)
-    prob = classifier.log_prob(classifier.embed_masked(pixel_values, keep, grid_size, removal, chunk_size)).exp()
-    chosen = prob.gather(-1, class_idx.view(-1, 1, 1).expand(-1, prob.shape[1], 1)).squeeze(-1)  # (B, 1 + N)
-    return (chosen[:, :1] - chosen[:, 1:]).unflatten(1, grid_size)
+    prob = prob_kept(classifier, pixel_values, class_idx, keep, grid_size, removal, chunk_size)  # (B, 1 + N)
+    return (prob[:, :1] - prob[:, 1:]).unflatten(1, grid_size)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attribution import of_class
 from ..classifiers import SplitClassifier
 from ..patches import patch_means
 
@@ -50,7 +51,7 @@ def explain(
         masks = masks.to(pixel_values)  # (n, 1, H, W)
         masked = (pixel_values.unsqueeze(1) * masks).flatten(0, 1)
         prob = classifier.log_prob(classifier.embed(masked)).exp().unflatten(0, (batch, -1))  # (B, n, C)
-        chosen = prob.gather(-1, class_idx.view(-1, 1, 1).expand(-1, prob.shape[1], 1)).squeeze(-1)  # (B, n)
+        chosen = of_class(prob, class_idx)  # (B, n)
         total += torch.einsum("bn,nrc->brc", chosen, patch_means(masks.squeeze(1).float(), grid_size))
     return total / (n_samples * p)
 

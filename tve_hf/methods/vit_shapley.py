@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..attribution import of_class
 from ..classifiers import SplitClassifier
 from ..modeling_shapley import ShapleyExplainer
 from ..shapley import check_head
@@ -43,5 +44,4 @@ def explain(
         embeddings=seen.embeddings,
         probabilities=classifier.log_prob(seen.embeddings).exp(),
     ).shapley_values  # (B, N, C)
-    scores = values.gather(-1, class_idx.view(-1, 1, 1).expand(-1, values.shape[1], 1)).squeeze(-1)
-    return scores.unflatten(1, grid_size)
+    return of_class(values, class_idx).unflatten(1, grid_size)
