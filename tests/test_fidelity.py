@@ -154,8 +154,12 @@ def test_a_multi_label_head_is_read_through_a_sigmoid(additive) -> None:
         (torch.zeros(1, 3, 3), {}, "3 x 3 patches does not divide an image of 2 x 2"),
         (torch.zeros(1, 2, 2), {"num_levels": 1}, "num_levels = 1 must lie between 2 .* 5"),
         (torch.zeros(1, 2, 2), {"num_levels": 6}, "num_levels = 6 must lie between 2 .* 5"),
-        (torch.zeros(1, 2, 2), {"class_idx": 2}, r"class_idx \[2\] must lie between 0 and 1"),
-        (torch.zeros(1, 2, 2), {"class_idx": -1}, r"class_idx \[-1\] must lie between 0 and 1"),
+        (
+            torch.zeros(1, 2, 2),
+            {"class_idx": 2},
+            r"class_idx \[2\] must name, for each of 1 images, a class between 0 and 1",
+        ),
+        (torch.zeros(1, 2, 2), {"class_idx": -1}, r"class_idx \[-1\] must name, for each of 1 images, a class"),
         (torch.zeros(1, 2, 2), {"removal": "noise"}, "Unknown removal operator 'noise'"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tve_hf.localization import average_precision, localization
+from tve_hf.localization import average_precision, localization, point_iou
 
 metrics = pytest.importorskip("sklearn.metrics")
 
@@ -126,3 +126,65 @@ def test_images_do_not_depend_on_their_batch_and_scores_may_carry_gradients(imag
 def test_bad_input_is_refused(scores, masks, message) -> None:
     with pytest.raises(ValueError, match=message):
         localization(scores, masks)
+
+
+# --- points ---------------------------------------------------------------------------------------------------------
+
+
+def test_point_iou_by_hand() -> None:
+    scores = torch.tensor([[[0.0, 8.0], [0.0, 8.0]], [[3.0, 3.0], [-1.0, -1.0]], [[0.0, 1.0], [0.0, 1.0]]])
+    right, left, beyond = [0.9, 0.5], [0.1, 0.2], [-1.0, 7.0]
+    points = torch.tensor([[right, left, right], [left, [0.5, 0.9], beyond], [left, beyond, beyond]])
+    inside = torch.tensor([[1, 1, 0], [1, 0, -1], [0, -1, -1]])
+    found = point_iou(scores, points, inside, torch.tensor([7, 7, 3]))
+    # Label 7: one point on it is found and one missed, one beside it is found; then one found, one rightly not.
+    assert found.classes.tolist() == [3, 7]
+    assert found.iou[0].isnan()  # nothing of label 3 to find, and nothing found
+    assert found.iou[1].item() == pytest.approx(2 / 4)
+    assert found.mean_iou.item() == pytest.approx(2 / 4)
+
+
+def test_point_iou_against_scikit_learn_on_the_resized_map(images) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, class_idx = images(6, 5, 7, channels=1)[:, 0], torch.tensor([4, 0, 4, 2, 0, 4])
+    rows, columns = (torch.randint(side, (6, 40), generator=generator) for side in (20, 35))
+    inside = torch.randint(-1, 2, (6, 40), generator=generator)
+    points = torch.stack([(columns + 0.5) / 35, (rows + 0.5) / 20], -1)  # the centres of pixels
+    found = point_iou(scores, points, inside, class_idx)
+    low, high = scores.amin((1, 2), keepdim=True), scores.amax((1, 2), keepdim=True)
+    maps = torch.nn.functional.interpolate(((scores - low) / (high - low))[:, None], size=(20, 35), mode="bilinear")
+    expected = []
+    for label in (0, 2, 4):
+        truth, said = [], []
+        for pair in range(6):
+            for k in range(40):
+                if class_idx[pair] == label and inside[pair, k] >= 0:
+                    truth.append(bool(inside[pair, k]))
+                    said.append(bool(maps[pair, 0, rows[pair, k], columns[pair, k]] > 0.5))
+        expected.append(metrics.jaccard_score(truth, said))
+    assert found.classes.tolist() == [0, 2, 4]
+    assert found.iou.tolist() == pytest.approx(expected, abs=1e-6)
+    assert found.mean_iou.item() == pytest.approx(np.mean(expected), abs=1e-6)
+    assert max(expected) - min(expected) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"points": torch.zeros(1, 3, 2)}, r"points \(1, 3, 2\), inside \(1, 2\) .* do not fit"),
+        ({"class_idx": torch.tensor([1, 2])}, r"class_idx \(2,\) do not fit"),
+        ({"inside": torch.tensor([[1, 255]])}, "1 for a point on the label, 0 for another, and -1"),
+        ({"points": torch.tensor([[[0.5, 0.5], [0.5, 50.0]]])}, r"beyond its map; pass x and y in \[0, 1\]"),
+        ({"points": torch.full((1, 2, 2), torch.nan)}, "beyond its map"),
+        ({"scores": torch.full((1, 3, 3), torch.nan)}, "NaN or infinity, so there is no map"),
+    ],
+)
+def test_points_that_do_not_fit_are_refused(changes, message) -> None:
+    given = {
+        "scores": torch.zeros(1, 3, 3),
+        "points": torch.full((1, 2, 2), 0.5),
+        "inside": torch.tensor([[0, 1]]),
+        "class_idx": torch.tensor([3]),
+    }
+    with pytest.raises(ValueError, match=message):
+        point_iou(**(given | changes))

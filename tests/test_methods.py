@@ -127,6 +127,29 @@ def test_an_unknown_method_is_answered_with_the_known_ones(shared_model, images)
         methods.explain("lime2", split_classifier(shared_model("cnn")), images(1, 32), CLASS_IDX[:1], 4)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_images_and_classes_that_do_not_fit_are_refused(shared_model, images, randomized, name) -> None:
+    classifier = split_classifier(shared_model("cnn" if (name, "vit") in REFUSED else "vit"))
+    options, x = _options(name, classifier, randomized), images(2, 32)
+    for class_idx in ([1, 5], [1, -1], [1], [1, 2, 3], [[1], [2]], [1.0, 2.0]):
+        with pytest.raises(ValueError, match="must name, for each of 2 images, a class between 0 and 4, as a tensor"):
+            methods.explain(name, classifier, x, torch.tensor(class_idx), 4, **options)
+    with pytest.raises(ValueError, match="holds no image; pass a batch of at least one"):
+        methods.explain(name, classifier, x[:0], CLASS_IDX[:0], 4, **options)
+    x[1, 0, 3, 3] = torch.nan
+    with pytest.raises(ValueError, match="pixel_values hold NaN or infinity"):
+        methods.explain(name, classifier, x, CLASS_IDX, 4, **options)
+
+
+def test_scores_that_are_not_finite_are_refused(build, images) -> None:
+    model = build("vit")
+    classifier = split_classifier(model)
+    with torch.no_grad():
+        model.vit.layers[0].attention.v_proj.bias[0] = torch.inf
+    with pytest.raises(ValueError, match="The scores of legrad are not finite: the classifier's weights hold NaN"):
+        methods.explain("legrad", classifier, images(2, 32), CLASS_IDX, 4)
+
+
 # --- rollout --------------------------------------------------------------------------------------------------------
 
 

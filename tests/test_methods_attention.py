@@ -10,6 +10,7 @@ import transformers as hf
 from slow_attention import SLOW, SLOW_METHODS, Run, pooled_by_attention, slow_chefer, slow_legrad
 from torch import Tensor, nn
 from untouched import left_as_found
+from zero_shot_models import POSITIONS, make_model, make_processor
 
 from tve_hf import methods
 from tve_hf.classifiers import SplitClassifier, split_classifier
@@ -180,6 +181,50 @@ def test_an_empty_prompt_silences_what_it_finds_itself(classifier_of, images) ->
         assert 0 < loud.sum() < 16
         assert (scores[b][loud] == 0).all()
         torch.testing.assert_close(scores[b][~loud], plain[b][~loud])
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_legrad_asks_a_zero_shot_model_what_its_prompts_say(fitted, images, name) -> None:
+    """The whole classes, prompts and all, against the equations on what their vision towers return."""
+    model, processor, pixel_values = fitted(make_model(name), 32), make_processor(name), images(2, 32)
+    classifier = split_classifier(model, processor, candidate_labels=["a cat", "two dogs", "a red chair"])
+    index = torch.tensor([2, 0])
+    empty_head = classifier.with_prompts(["a photo of a"], "{}").head
+    options = {"layers": [0, -1], "empty_head": empty_head}
+    scores = methods.explain("legrad", classifier, pixel_values, index, 4, **options)
+
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    vision = eager.vision_model
+    output = vision(pixel_values, output_hidden_states=True, output_attentions=True)
+    sentences = ["This is a photo of a cat.", "This is a photo of two dogs.", "This is a photo of a red chair."]
+
+    def directions(texts: list[str]) -> Tensor:
+        pad = {"padding": "max_length", "max_length": POSITIONS} if name == "siglip" else {"padding": True}
+        tokens = processor.tokenizer(texts, return_tensors="pt", **pad)
+        found = model.get_text_features(**tokens)
+        return nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1)
+
+    def slow(texts: Tensor, b: int) -> Tensor:  # texts (2, D), one for each image
+        total = torch.zeros(16)
+        for layer in (0, 2):
+            tokens = output.hidden_states[layer + 1]
+            if name == "clip":
+                attention = output.attentions[layer]
+                embedding = model.visual_projection(vision.post_layernorm(tokens[:, 0]))
+            else:
+                embedding, attention = _pooled_by_attention(vision.head, vision.post_layernorm(tokens))
+            score = (nn.functional.normalize(embedding, dim=-1) * texts).sum(-1)[b] * model.logit_scale.exp()
+            (slope,) = torch.autograd.grad(score, attention, retain_graph=True)
+            total += slope[b].clamp(min=0).mean((0, 1))[-16:] / 2
+        return total.view(4, 4)
+
+    prompts = directions(sentences)
+    empty = directions(["a photo of a"])
+    for b in range(2):
+        loud = _scaled(slow(empty.expand(2, -1), b)) > 0.8
+        assert 0 < loud.sum() < 16
+        _assert_same(scores[b], slow(prompts[index], b).masked_fill(loud, 0))
 
 
 # --- TextSpan -------------------------------------------------------------------------------------------------------

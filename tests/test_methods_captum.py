@@ -194,6 +194,18 @@ def test_kernel_shap_finds_a_linear_game(linear_game) -> None:
     assert pearson(few[0].flatten(), truth.flatten()) < 0.99  # fewer samples than patches
 
 
+def test_kernel_shap_finds_a_linear_game_of_196_patches(processor_of) -> None:
+    """The papers' grid; at 25 samples, their setting, the regression is under-determined."""
+    truth = 0.002 * torch.randn(14, 14, generator=torch.Generator().manual_seed(0))
+    classifier = split_classifier(LinearProbability(truth).eval(), processor_of(3, 14, 14))
+    found = {
+        n: methods.explain("kernel_shap", classifier, torch.ones(1, 3, 14, 14), torch.tensor([1]), 14, n_samples=n)
+        for n in (25, 400)
+    }
+    assert pearson(found[400].flatten(), truth.flatten()) > 0.999
+    assert pearson(found[25].flatten(), truth.flatten()) < 0.7
+
+
 def test_lime_finds_a_linear_game(linear_game) -> None:
     classifier, truth = linear_game
     scores = methods.explain("lime", classifier, torch.ones(1, 3, 8, 8), torch.tensor([1]), 4)

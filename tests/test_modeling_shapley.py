@@ -35,7 +35,7 @@ def test_values_add_up_to_what_the_image_adds_to_nothing(classifier, inputs) -> 
     assert values.shape == (B, N, C)
     torch.testing.assert_close(values.sum(1), inputs["probabilities"] - explainer.null, atol=1e-5, rtol=0)
     assert values.std(1).min() > 1e-3 / N
-    # The trunk speaks in shares of 1 / N. The same amount is added to every patch: what the trunk says of their differences stays.
+    # The trunk speaks in shares of 1 / N. The same amount is added to every patch: what it says of differences stays.
     raw = explainer.trunk(*(inputs[name] for name in ("pixel_values", "features", "embeddings")))
     torch.testing.assert_close(values - values[:, :1], (raw - raw[:, :1]) / N, atol=1e-6, rtol=0)
 

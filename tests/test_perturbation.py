@@ -170,8 +170,16 @@ def test_constant_maps_are_warned_of(additive, monkeypatch) -> None:
         (torch.full((1, 1, 10), torch.nan), {}, "scores hold NaN or infinity"),
         (torch.zeros(2, 1, 10), {}, "2 maps were given for 1 images"),
         (torch.zeros(1, 7), {"grid_size": (1, 10)}, "7 patches do not fill a grid of 1 x 10"),
-        (torch.zeros(1, 1, 10), {"class_idx": torch.tensor([2])}, r"class_idx \[2\] must lie between 0 and 1"),
-        (torch.zeros(1, 1, 10), {"class_idx": torch.tensor([0, 0])}, r"class_idx has shape \(2,\); pass one class"),
+        (
+            torch.zeros(1, 1, 10),
+            {"class_idx": torch.tensor([2])},
+            r"class_idx \[2\] must name, for each of 1 images, a class between 0 and 1",
+        ),
+        (
+            torch.zeros(1, 1, 10),
+            {"class_idx": torch.tensor([0, 0])},
+            r"class_idx \[0, 0\] must name, for each of 1 images",
+        ),
     ],
 )
 def test_bad_input_is_refused(additive, metric, scores, options, message) -> None:

@@ -159,13 +159,8 @@ def transfer(
             f"The meta-attributions have D = {kept.shape[-1]}, but the classifier's head reads "
             f"{classifier.embedding_dim}; use an explainer pre-trained for this backbone."
         )
+    classifier.check_classes(class_idx, kept.shape[0], several=True)
     classes = class_idx if class_idx.ndim == 2 else class_idx.unsqueeze(1)
-    num_labels = len(classifier.id2label)
-    if classes.shape[0] != kept.shape[0] or classes.min() < 0 or classes.max() >= num_labels:
-        raise ValueError(
-            f"class_idx {class_idx.tolist()} must name, for each of {kept.shape[0]} images, a class between 0 and "
-            f"{num_labels - 1}."
-        )
 
     scores = apply_rule(how, kept, removed, classifier, classes)
     if not torch.isfinite(scores).all():

@@ -45,11 +45,7 @@ def check_scores(
         raise ValueError(f"{len(scores)} maps were given for {len(pixel_values)} images; pass one map for each.")
     if len(pixel_values) == 0:
         raise ValueError("pixel_values holds no image; pass a batch of at least one.")
-    if class_idx.shape != scores.shape[:1]:
-        raise ValueError(f"class_idx has shape {tuple(class_idx.shape)}; pass one class for each image, (B,).")
-    num_labels = len(classifier.id2label)
-    if class_idx.min() < 0 or class_idx.max() >= num_labels:
-        raise ValueError(f"class_idx {class_idx.tolist()} must lie between 0 and {num_labels - 1}.")
+    classifier.check_classes(class_idx, len(scores))
     constant = (scores == scores[:, :1]).all(1)
     if constant.any():
         logger.warning(

@@ -174,6 +174,23 @@ class SplitClassifier(nn.Module):
             embeddings.append(torch.cat(rows, dim=1))
         return torch.cat(embeddings)
 
+    def check_classes(self, class_idx: Tensor, batch_size: int, several: bool = False) -> None:
+        """Check that class_idx names a class of this head for each image, (B,); or K classes, (B, K), if `several`.
+
+        Raises:
+            ValueError: If it has another shape or dtype, or a class does not exist.
+        """
+        fits = class_idx.ndim == 1 or (several and class_idx.ndim == 2)
+        fits = fits and len(class_idx) == batch_size and class_idx.numel() > 0
+        fits = fits and class_idx.dtype in (torch.int64, torch.int32)
+        num_labels = len(self.id2label)
+        # A zero-shot head without prompts has none, and says so when it is asked.
+        if not fits or (num_labels and not 0 <= int(class_idx.min()) <= int(class_idx.max()) < num_labels):
+            raise ValueError(
+                f"class_idx {class_idx.tolist()} must name, for each of {batch_size} images, a class between 0 and "
+                f"{num_labels - 1}, as a tensor of whole numbers."
+            )
+
     def log_prob(self, embeddings: Tensor) -> Tensor:
         """Return log H_t(e) in float32, (..., D) -> (..., C): log-softmax, or log-sigmoid of a multi-label head.
 

@@ -8,6 +8,7 @@ from importlib import import_module
 from inspect import Parameter, signature
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..classifiers import SplitClassifier
@@ -75,9 +76,15 @@ def explain(
         scores (B, rows, cols), float32, higher for patches that support the class more; units are the method's.
 
     Raises:
-        ValueError: If there is no such method, it has no such option, or it cannot serve this classifier.
+        ValueError: If there is no such method, it has no such option, or it cannot serve this classifier; if there is
+            no image, `class_idx` does not name a class for each, or pixels or scores are not finite.
     """
     method = load(name)
+    if len(pixel_values) == 0:
+        raise ValueError("pixel_values holds no image; pass a batch of at least one.")
+    if not torch.isfinite(pixel_values).all():
+        raise ValueError("pixel_values hold NaN or infinity, so there is nothing to explain.")
+    classifier.check_classes(class_idx, len(pixel_values))
     parameters = signature(method).parameters
     unknown = [option for option in options if option not in parameters]
     if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -89,4 +96,7 @@ def explain(
     elif grid_size is None:
         inputs = {key: options[key] for key in classifier.backbone.other_inputs if key in options}
         grid_size = classifier.default_grid(pixel_values, **inputs)
-    return method(classifier, pixel_values, class_idx, as_pair(grid_size), **options)
+    scores = method(classifier, pixel_values, class_idx, as_pair(grid_size), **options)
+    if not torch.isfinite(scores).all():
+        raise ValueError(f"The scores of {name} are not finite: the classifier's weights hold NaN or infinity.")
+    return scores

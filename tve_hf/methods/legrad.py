@@ -33,8 +33,9 @@ def explain(
     Args:
         layers: blocks to use, negative from the end; all if None (the last two if `upstream`). For deep models the
             last 40 % are a good choice.
-        empty_head: score of an empty prompt such as "a photo of a" from embeddings, (B, D) -> (B, 1). The map is set
-            to 0 where the map of that score, scaled to [0, 1], exceeds 0.8: the paper's correction for SigLIP.
+        empty_head: score of an empty prompt such as "a photo of a" from embeddings, (B, D) -> (B, 1): of a zero-shot
+            model `classifier.with_prompts(["a photo of a"], "{}").head`. The map is set to 0 where the map of that
+            score, scaled to [0, 1], exceeds 0.8: the paper's correction for SigLIP.
         upstream: pool the mean of all tokens, class token included, before the last norm; give an attentional pooler
             tokens without the last norm; and scale each map to [0, 1].
 
