@@ -213,7 +213,7 @@ def test_legrad_asks_a_zero_shot_model_what_its_prompts_say(fitted, images, name
                 attention = output.attentions[layer]
                 embedding = model.visual_projection(vision.post_layernorm(tokens[:, 0]))
             else:
-                embedding, attention = _pooled_by_attention(vision.head, vision.post_layernorm(tokens))
+                embedding, attention = pooled_by_attention(vision.head, vision.post_layernorm(tokens))
             score = (nn.functional.normalize(embedding, dim=-1) * texts).sum(-1)[b] * model.logit_scale.exp()
             (slope,) = torch.autograd.grad(score, attention, retain_graph=True)
             total += slope[b].clamp(min=0).mean((0, 1))[-16:] / 2
