@@ -31,6 +31,7 @@ LAYERS = {
     "weights": 0,
     "loading": 0.5,
     "files": 0,
+    "tracing": 0.3,
     "splitting": 0.5,
     "parts": 0.7,
     "cells": 0.7,

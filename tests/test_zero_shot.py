@@ -462,7 +462,7 @@ def test_evaluation_takes_prompts(saved, settings, tmp_path):
     )
     report = evaluate(args)
     classifier = tve_hf.split_classifier(folder, candidate_labels=LABELS, hypothesis_template="{}")
-    images = [noise_image(seed) for seed in range(4)]
+    images = [noise_image(seed) for seed in report["rows"]]
     pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         class_idx = classifier(pixel_values).logits.argmax(-1)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .splitting import first_tensor, hooked
+from .tracing import first_tensor, hooked
 
 
 def digest(*modules: nn.Module) -> str:

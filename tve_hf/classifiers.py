@@ -13,7 +13,8 @@ from .parts import Backbone, Head
 from .pretrained_cfg import id2label_from, image_processor_from, pretrained_cfg_of
 from .prompts import check_prompts, no_text_tower
 from .split_model import SplitClassifier
-from .splitting import MAX_HEADS, check_inputs, differ, find_features, find_head, probe_like, trace
+from .splitting import MAX_HEADS, check_inputs, differ, find_features, find_head
+from .tracing import probe_like, trace
 from .wrapped import is_compiled, unwrapped
 from .zero_shot import split_towers, takes_prompts
 

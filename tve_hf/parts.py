@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .splitting import HeadPart, as_map, feature_in, first_tensor, hooked, logits_of
+from .splitting import HeadPart
+from .tracing import as_map, feature_in, first_tensor, hooked, logits_of
 from .wrapped import is_compiled, uncompiled
 
 

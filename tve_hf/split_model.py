@@ -13,8 +13,8 @@ from .heads import BinaryHead, as_head, try_head
 from .parts import Backbone, Head, SplitClassifierOutput
 from .patches import TOKEN_DROP, GridSize, dividing_grid, mask_patches
 from .prompts import PromptHead, TextTower, check_prompts, no_text_tower
-from .splitting import probe_like
 from .token_drop import embed_without_tokens
+from .tracing import probe_like
 from .wrapped import is_dispatched, named_weights, placement
 
 

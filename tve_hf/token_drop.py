@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .parts import Backbone
 from .patches import GridSize, spread, token_grid
-from .splitting import Call, hooked, trace
+from .tracing import Call, hooked, trace
 
 
 class TokenInput(NamedTuple):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .parts import Backbone
 from .prompts import TextTower, pooled, sentences_of
-from .splitting import HeadPart, differ, find_features, hooked, probe_like, trace
+from .splitting import HeadPart, differ, find_features
+from .tracing import hooked, probe_like, trace
 
 # Of different lengths; their logits are compared with the model's own.
 _SENTENCES = ("a cat", "two dogs on a chair")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..classifiers import SplitClassifier
 from ..patches import token_grid
-from ..splitting import first_tensor, hooked
+from ..tracing import first_tensor, hooked
 from ._gradients import differentiable
 from ._weights import Recorder, eager_attention
 
