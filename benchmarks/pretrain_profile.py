@@ -5,13 +5,16 @@
 
 takes the arguments of `tve-hf pretrain`. `share` holds the shares of the time between the first and the last step:
 masked passes of the backbone, waiting for data, the rest of the step (one unmasked pass, the explainer, its gradients
-and the optimiser), and what is outside of steps (validations, checkpoints). `rss_mb` is the resident memory of the
-training process at five moments of the second half of the run, `growth_mb` what a straight line through all its steps
-gains there; `peak_rss_mb` its maximum.
+and the optimiser), and what is outside of steps (validations, checkpoints). `memory_mb` is the resident memory of the
+training process at five moments of the second half of the run, without the pages of mapped files (the images, which
+the system takes back when it likes); `growth_mb` is what a straight line through all its steps gains there, and
+`peak_rss_mb` the maximum with those pages.
 """
 
 import json
 import resource
+import shlex
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -29,9 +32,10 @@ from tve_hf.pretrain import PretrainArguments
 PAGE_MB = resource.getpagesize() / 2**20
 
 
-def resident_mb() -> float:
-    """Resident memory of this process (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_MB
+def own_mb() -> float:
+    """Resident memory of this process that is not a mapped file (Linux)."""
+    resident, of_files = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    return (resident - of_files) * PAGE_MB
 
 
 class Profile:
@@ -65,7 +69,7 @@ class Profile:
         def stand_in(*arguments: Any, **options: Any) -> Any:
             result = function(*arguments, **options)
             self.ends.append(self._now())
-            self.memory.append(resident_mb())
+            self.memory.append(own_mb())
             return result
 
         return stand_in
@@ -93,7 +97,7 @@ class Profile:
             "steps": len(self.ends),
             "images_per_second": round((len(self.ends) - 1) * images_per_step / whole, 2),
             "share": {name: round(seconds / whole, 3) for name, seconds in parts.items()},
-            "rss_mb": half[moments].round(1).tolist(),
+            "memory_mb": half[moments].round(1).tolist(),
             "growth_mb": round(float(slope) * len(half), 2),
             "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
             "peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1) if torch.cuda.is_available() else None,
@@ -107,7 +111,8 @@ def main() -> None:
     module._Run.step = profile.end_of_step(profile.timed("step", module._Run.step))
     module.batches_of = profile.batches_of(module.batches_of)
     module.pretrain(args)
-    print(json.dumps(profile.report(args.batch_size * args.gradient_accumulation_steps)))
+    command = shlex.join(["python", *sys.argv])
+    print(json.dumps({"command": command} | profile.report(args.batch_size * args.gradient_accumulation_steps)))
 
 
 if __name__ == "__main__":
