@@ -7,8 +7,6 @@
 
 MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MAIN
-# The launcher passes these on to the processes that train, each in a session of its own; without this line not USR1.
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 
 # SLURM_NODEID differs from node to node, so the shell of each task reads it.
 # shellcheck disable=SC2016
@@ -19,8 +17,8 @@ srun bash -c 'exec accelerate launch --config_file examples/accelerate/ddp.yaml 
 run=$!
 
 stopped=no
-# scancel signals the tasks and not this shell. srun itself, sent TERM, would end them before they can save.
-trap 'stopped=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+# scancel signals the tasks and not this shell. TERM, since USR1 would end the launcher and not the training.
+trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 wait "$run"
 status=$?
 while kill -0 "$run" 2> /dev/null; do # the signal has ended the first wait, not the tasks
