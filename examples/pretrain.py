@@ -9,12 +9,11 @@ On the GPUs of one machine, ImageNet from the Hub without a copy on disk, logged
 
 The same command started again goes on from the last checkpoint, with the same images and draws. SIGTERM and SIGUSR1
 write one and end the run with exit code 128 + the signal's number (143, 138), or with what the launcher makes of it;
-0 means that the explainer is finished. So a SLURM job that asks for a signal before its time is up can requeue itself:
+0 means that the explainer is finished. So a SLURM job can queue itself again before its time is up: examples/slurm.sh.
 
-    #SBATCH --signal=B:USR1@120 --requeue --open-mode=append
-    trap 'kill -TERM $run; wait $run; scontrol requeue $SLURM_JOB_ID' USR1
-    accelerate launch ... & run=$!
-    wait $run
+The paper's settings, one to a line in a file; what follows it on the command line goes before it:
+
+    python examples/pretrain.py @examples/recipes/paper.args --classifier google/vit-base-patch16-224 ...
 
 Fine-tune a released explainer on your fully fine-tuned classifier (the paper's LETA-FT):
 
@@ -27,5 +26,5 @@ from transformers import HfArgumentParser
 from tve_hf.pretrain import PretrainArguments, pretrain
 
 if __name__ == "__main__":
-    (arguments,) = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()
+    (arguments,) = HfArgumentParser(PretrainArguments, fromfile_prefix_chars="@").parse_args_into_dataclasses()
     pretrain(arguments)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import save_classifier, save_noise
 
 ROOT = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -32,3 +33,34 @@ def test_import_time_compares_two_imports(monkeypatch, capsys) -> None:
     runpy.run_path(str(ROOT / "import_time.py"), run_name="__main__")
     report = json.loads(capsys.readouterr().out)
     assert report["ratio"] == pytest.approx(report["tve_hf_seconds"] / report["transformers_seconds"], rel=0.01)
+
+
+def test_profile_counts_the_operations_of_the_first_step() -> None:
+    profile = runpy.run_path(str(ROOT / "pretrain_profile.py"), run_name="profile")["Profile"]()
+    step = profile.end_of_step(lambda rows: torch.ones(rows, 8) @ torch.ones(8, 2))
+    assert step(4).shape == (4, 2) and step(5).shape == (5, 2)
+    assert profile.operations == 2 * 4 * 8 * 2
+    assert len(profile.ends) == len(profile.memory) == 2
+
+
+def test_profile_of_a_run(tmp_path, monkeypatch, capsys) -> None:
+    datasets = pytest.importorskip("datasets")
+    from accelerate.state import AcceleratorState
+    from tiny import save_run
+
+    from tve_hf import pretrain
+
+    for owner, name in ((pretrain, "exact_meta_attribution"), (pretrain, "batches_of"), (pretrain._Run, "step")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back what the script replaces
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    arguments = []
+    for name, value in (save_run(tmp_path) | {"output_dir": str(tmp_path / "run")}).items():
+        arguments += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    monkeypatch.setattr(sys, "argv", ["pretrain_profile.py", *arguments])
+    AcceleratorState._reset_state(True)
+    runpy.run_path(str(ROOT / "pretrain_profile.py"), run_name="__main__")
+    AcceleratorState._reset_state(True)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["steps"] == 8 and "pretrain_profile.py --classifier " in report["command"]
+    assert sum(report["share"].values()) == pytest.approx(1, abs=0.01)
+    assert min(report["share"].values()) > 0

@@ -63,6 +63,7 @@ LAYERS = {
     "pretraining_images": 2.4,
     "pretraining_data": 2.5,
     "pretraining_model": 2.5,
+    "processes": 2.4,
     "checkpointing": 2.5,
     "held_out": 2.5,
     "pretrain": 3.7,
@@ -97,6 +98,7 @@ TRAINING = {
     "pretraining_arguments",
     "pretraining_data",
     "pretraining_images",
+    "processes",
 }
 
 

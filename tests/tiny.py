@@ -1,6 +1,7 @@
 """A classifier and its explainer, small, random and saved, for the tests of what is built on both."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,6 +87,29 @@ def save_pair(folder: Path, **classifier_settings) -> tuple[Path, Path]:
     explainer = make_explainer(split_classifier(classifier))
     explainer.save_pretrained(folder / "explainer")
     return classifier, folder / "explainer"
+
+
+def save_run(folder: Path, number: int = 8) -> dict[str, Any]:
+    """Save a tiny classifier and a parquet file of images; return settings of a pre-training run on them."""
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"image": [noise_image(seed) for seed in range(number)]}, features=features)
+    rows.to_parquet(folder / "noise.parquet")
+    return {
+        "classifier": str(save_classifier(folder / "classifier")),
+        "train_files": [str(folder / "noise.parquet")],
+        "grid_size": GRID,
+        "hops": HOPS,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "patches_per_image": 3,
+        "batch_size": 2,
+        "learning_rate": 1e-2,
+        "mixed_precision": "no",
+        "save_steps": 2,
+    }
 
 
 def noise_image(seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:

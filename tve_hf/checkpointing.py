@@ -1,15 +1,12 @@
-"""Checkpoints that are complete or absent, and signals that ask for one."""
+"""Checkpoints that are complete or absent."""
 
 import json
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -17,6 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
+
+from .processes import WORKER_DIED
 
 # Of a stream whose length is unknown, this many images are read before the share of bad ones counts.
 MIN_IMAGES = 1000
@@ -58,6 +57,8 @@ def writing(what: str, output_dir: Path, unfinished: Path | None = None) -> Iter
             shutil.rmtree(unfinished, ignore_errors=True)
         last = checkpoints(output_dir)
         left = f"{last[-1]} is intact" if last else "there is no earlier checkpoint"
+        if WORKER_DIED in str(error):  # which is told in the middle of whatever goes on
+            raise
         raise OSError(
             f"{what} could not be written in {output_dir} ({' '.join(str(error).split())}); {left}. "
             "Free some space and run the same command again."
@@ -161,34 +162,3 @@ class Progress:
                 f"{len(self.bad)} images could not be read, more than max_bad_images={share}: {first}"
                 f"{', ...' if len(self.bad) > 5 else ''}. Mend or remove them, or raise max_bad_images."
             )
-
-
-class StopSignals:
-    """Remember SIGTERM and SIGUSR1, in a with-block, instead of dying of them: `asked` is the signal's number or 0."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-        self._before: dict[int, Any] = {}
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.asked = number
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # where alone handlers can be set
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def over_processes(accelerator: Accelerator, values: list[int]) -> list[int]:
-    """Sum whole numbers over all processes."""
-    if accelerator.num_processes == 1:
-        return values
-    tensor = torch.tensor(values, device=accelerator.device)
-    return accelerator.reduce(tensor, "sum").tolist()

@@ -3,29 +3,21 @@
 import os
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from huggingface_hub import HfApi
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .attribution import exact_meta_attribution
-from .checkpointing import (
-    UNFINISHED,
-    Progress,
-    StopSignals,
-    load_checkpoint,
-    over_processes,
-    remove_unfinished,
-    save_checkpoint,
-    writing,
-)
+from .checkpointing import UNFINISHED, Progress, load_checkpoint, remove_unfinished, save_checkpoint, writing
 from .classifiers import split_classifier
 from .files import write_whole
 from .held_out import HeldOut
@@ -37,6 +29,7 @@ from .pretraining_arguments import PretrainArguments, check
 from .pretraining_data import Batch, batches_of, steps_of
 from .pretraining_images import first_images, open_images
 from .pretraining_model import build_explainer, build_optimizer, config_for, with_sizes_of_explainer
+from .processes import StopSignals, alone_in, join_processes, over_processes, telling_of_killed_workers
 from .strict_json import dumps
 
 logger = logging.get_logger(__name__)
@@ -61,16 +54,9 @@ def draw(args: PretrainArguments, step: int, steps: int, images: int, num_patche
 class _Run:
     """One run: what it trains, with what, and how far it has come."""
 
-    def __init__(self, args: PretrainArguments):
-        self.args = args = with_sizes_of_explainer(args)
-        check(args)
+    def __init__(self, args: PretrainArguments, accelerator: Accelerator):
+        self.args, self.accelerator = args, accelerator
         self.output_dir = output_dir = Path(args.output_dir)
-        self.accelerator = accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=args.report_to or None,
-            project_config=ProjectConfiguration(str(output_dir), str(output_dir / "logs")),
-        )
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.per_step = args.batch_size * args.gradient_accumulation_steps * self.world
         self.repo_id = ""
@@ -104,6 +90,8 @@ class _Run:
         args, accelerator = self.args, self.accelerator
         if args.torch_compile:
             explainer.compile()
+        # Accelerate shards a table of tokens by itself and asks for one, which is an error where there is none.
+        explainer.get_input_embeddings = lambda: None
         optimizer, schedule = build_optimizer(args, explainer, self.steps, self.world)
         deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
         if deepspeed is not None:  # which would ask the loader, if Accelerate prepared it
@@ -265,10 +253,20 @@ def pretrain(args: PretrainArguments) -> TVEExplainer:
 
     Raises:
         ValueError: If a setting or the images are wrong, or the settings are not those of the checkpoint.
-        OSError: If nothing can be written; the last checkpoint stays intact.
+        OSError: If nothing can be written, or another run is writing there; the last checkpoint stays intact.
+        RuntimeError: If a process that decodes images was killed; the last checkpoint stays intact.
         SystemExit: After SIGTERM or SIGUSR1, with 128 + the signal's number.
     """
-    run = _Run(args)
+    args = with_sizes_of_explainer(args)
+    check(args)
+    accelerator = join_processes(args)
+    alone = alone_in(Path(args.output_dir)) if accelerator.is_main_process else nullcontext()
+    with telling_of_killed_workers(args.dataloader_num_workers), alone:
+        return _train(_Run(args, accelerator))
+
+
+def _train(run: _Run) -> TVEExplainer:
+    """The loop."""
     args, accelerator = run.args, run.accelerator
     told = {name: value for name, value in asdict(args).items() if isinstance(value, int | float | str)}
     accelerator.init_trackers("pretrain", told)

@@ -1,0 +1,40 @@
+"""What `test_pretrain_launch.py` launches: examples/pretrain.py on CPUs, stopped by SIGTERM in step 4 if STOP is set.
+
+Accelerate takes its ways for FSDP and DeepSpeed on GPUs only, so it is told that this is one; all else is real.
+"""
+
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import DistributedType, PartialState
+
+from tve_hf import pretrain
+
+if os.environ["ACCELERATE_USE_CPU"] == "false":
+    PartialState._prepare_backend = lambda self, *settings: ("gloo", DistributedType.MULTI_GPU)
+
+sample_patches, calls = pretrain.sample_patches, []
+
+
+def stop_in_step_4(*arguments: Any) -> Any:
+    calls.append(1)
+    if len(calls) == 4 and os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGTERM)  # the launcher, as a scheduler would
+        handler: Any = signal.getsignal(signal.SIGTERM)
+        for _ in range(600):
+            if handler.__self__.asked:
+                break
+            time.sleep(0.1)
+    return sample_patches(*arguments)
+
+
+if "STOP" in os.environ:
+    pretrain.sample_patches = stop_in_step_4
+script = Path(__file__).resolve().parents[1] / "examples" / "pretrain.py"
+sys.argv[0] = str(script)
+runpy.run_path(str(script), run_name="__main__")
