@@ -99,6 +99,7 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.users: dict[str, User] = {}  # by token
         self.lfs: dict[str, bytes] = {}
+        self.collections: dict[str, list[tuple[str, str]]] = {}  # by slug: type and name of each item
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.headers: list[dict[str, str]] = []
@@ -251,6 +252,23 @@ class _Handler(BaseHTTPRequestHandler):
                 found.append({"id": name, "private": repo.private, "tags": tags})
         return found
 
+    def _collection(self, slug: str) -> Any:
+        if slug not in self.hub.collections:
+            raise Refused(404, "Collection not found")
+        items = [
+            {"_id": f"{position:024x}", "type": kind, "id": name, "position": position}
+            for position, (kind, name) in enumerate(self.hub.collections[slug])
+        ]
+        owner, title = slug.split("/")
+        told = {
+            "lastUpdated": "2026-01-01T00:00:00.000Z",
+            "position": 0,
+            "private": False,
+            "theme": "blue",
+            "upvotes": 0,
+        }
+        return told | {"slug": slug, "title": title, "owner": {"name": owner}, "items": items}
+
     def _info(self, repo: str, revision: str = "main") -> Any:
         found = self._repo(repo)
         sha = self._sha(found, revision)
@@ -274,6 +292,10 @@ class _Handler(BaseHTTPRequestHandler):
         return {}
 
     def _validate_yaml(self) -> Any:
+        license = ModelCard(json.loads(self.body)["content"]).data.license
+        if license not in (None, "apache-2.0", "cc-by-nc-4.0", "mit", "other"):  # some of those that the Hub knows
+            errors = [{"message": f'"license" must be one of [apache-2.0, ...], not {license}'}]
+            return 400, {"Content-Type": "application/json"}, json.dumps({"errors": errors, "warnings": []}).encode()
         return {"errors": [], "warnings": []}
 
     def _preupload(self, repo: str, revision: str) -> Any:
@@ -350,6 +372,7 @@ _ROUTES: dict[str, Callable[..., Any]] = {
     "GET /api/whoami-v2": _Handler._whoami,
     "POST /api/repos/create": _Handler._create,
     "GET /api/models": _Handler._list,
+    r"GET /api/collections/(?P<slug>[\w.-]+/[\w.-]+)": _Handler._collection,
     f"GET /api/models/{_REPO}(/revision/{_REVISION})?": _Handler._info,
     f"GET /api/models/{_REPO}/tree/{_REVISION}(/.*)?": _Handler._tree,
     f"POST /api/models/{_REPO}/branch/(?P<branch>[^/]+)": _Handler._branch,
