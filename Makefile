@@ -24,6 +24,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/zizmor --offline --quiet .github
 
 # A process for each core, each of one thread: many small tests, few large products.
 test test-timm timm-table: export OMP_NUM_THREADS = 1
@@ -49,9 +50,9 @@ test-timm: $(TIMM_VENV)/.installed
 timm-table: $(TIMM_VENV)/.installed
 	$(TIMM_VENV)/bin/python tests/timm_families.py --output docs/timm.md
 
-# Every code block of README and of the cards.
+# Every code block of README, of the other documents and of the cards.
 docs: install
-	$(BIN)/python -m pytest tests/test_readme.py tests/test_checkpoints.py
+	$(BIN)/python -m pytest tests/test_readme.py tests/test_model_card.py tests/test_checkpoints.py
 
 dist: install
 	$(BIN)/pip install --quiet build

@@ -60,9 +60,9 @@ done
 python examples/study_theorem.py --report $results/tiny_imagenet_log_prob/report.json --output $results/theorem.png
 
 for folder in $vit $pets; do
-    tve-hf card $folder --output "model_cards/$(basename $folder).md"
+    tve-hf card $folder --license cc-by-nc-4.0 --output "model_cards/$(basename $folder).md"
 done
 tve-hf card $explainer --results $results/{tiny_imagenet,cats_vs_dogs}{,_log_prob} \
-    --output "model_cards/$(basename $explainer).md"
+    --license cc-by-nc-4.0 --output "model_cards/$(basename $explainer).md"
 tve-hf explain --output docs
 rm docs/chelsea.json

@@ -279,7 +279,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
             "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(server.cache),
             "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_XET": True,  # tests/test_xet.py allows it
             "HF_TOKEN_PATH": str(tmp_path / "token"),
         }
         for name, value in settings.items():

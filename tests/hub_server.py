@@ -2,7 +2,9 @@
 
 Models only. Files of git are those that the Hub keeps there (text, small); the others go through LFS: batch, upload,
 verify, and, coming down, a redirect to a content delivery network, which is this server under another host name, so
-that the client takes it for a stranger. Xet is not offered; the client has to be told not to use it for uploads.
+that the client takes it for a stranger. Of Xet, which the client prefers, there is only what the Hub itself says of
+it, `Hub.xet`: the storage behind is hf_xet's own, so tests put something in its place, or tell the client not to use
+it.
 """
 
 import base64
@@ -99,11 +101,13 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.users: dict[str, User] = {}  # by token
         self.lfs: dict[str, bytes] = {}
+        self.collections: dict[str, list[tuple[str, str]]] = {}  # by slug: type and name of each item
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.lock = threading.RLock()
         self.cache, self.waits = Path(), None  # of the client, set by the fixture
+        self.xet = False  # whether large files are offered by Xet too, under the hash `xet_hash`
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
@@ -137,6 +141,11 @@ class Hub:
 def is_lfs(path: str, size: int) -> bool:
     """As the Hub's default .gitattributes say, and what is binary or large."""
     return bool(re.search(r"\.(safetensors|bin|pt|pkl|npz|zip)$", path)) or size > 10 << 20
+
+
+def xet_hash(content: bytes) -> str:
+    """The name of a content in Xet's storage: not the checksum by which the Hub knows it."""
+    return hashlib.sha256(b"xet" + content).hexdigest()
 
 
 class Refused(Exception):
@@ -251,6 +260,23 @@ class _Handler(BaseHTTPRequestHandler):
                 found.append({"id": name, "private": repo.private, "tags": tags})
         return found
 
+    def _collection(self, slug: str) -> Any:
+        if slug not in self.hub.collections:
+            raise Refused(404, "Collection not found")
+        items = [
+            {"_id": f"{position:024x}", "type": kind, "id": name, "position": position}
+            for position, (kind, name) in enumerate(self.hub.collections[slug])
+        ]
+        owner, title = slug.split("/")
+        told = {
+            "lastUpdated": "2026-01-01T00:00:00.000Z",
+            "position": 0,
+            "private": False,
+            "theme": "blue",
+            "upvotes": 0,
+        }
+        return told | {"slug": slug, "title": title, "owner": {"name": owner}, "items": items}
+
     def _info(self, repo: str, revision: str = "main") -> Any:
         found = self._repo(repo)
         sha = self._sha(found, revision)
@@ -274,6 +300,10 @@ class _Handler(BaseHTTPRequestHandler):
         return {}
 
     def _validate_yaml(self) -> Any:
+        license = ModelCard(json.loads(self.body)["content"]).data.license
+        if license not in (None, "apache-2.0", "cc-by-nc-4.0", "mit", "other"):  # some of those that the Hub knows
+            errors = [{"message": f'"license" must be one of [apache-2.0, ...], not {license}'}]
+            return 400, {"Content-Type": "application/json"}, json.dumps({"errors": errors, "warnings": []}).encode()
         return {"errors": [], "warnings": []}
 
     def _preupload(self, repo: str, revision: str) -> Any:
@@ -337,7 +367,15 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, headers, entry.content
         self.hub.lfs[entry.etag] = entry.content
         linked = {"X-Linked-Etag": f'"{entry.etag}"', "X-Linked-Size": str(len(entry.content))}
+        if self.hub.xet:
+            token = f"{self.hub.endpoint}/api/models/{repo}/xet-read-token/{sha}"
+            linked |= {"X-Xet-Hash": xet_hash(entry.content), "X-Xet-Refresh-Route": token}
         return 302, headers | linked | {"Location": f"{self.hub.cdn}/{entry.etag}"}
+
+    def _xet_token(self, repo: str, revision: str) -> Any:
+        self._sha(self._repo(repo, content=True), revision)
+        told = {"Cas-Url": f"{self.hub.endpoint}/xet", "Access-Token": "token", "Token-Expiration": "9999999999"}
+        return 200, {f"X-Xet-{key}": value for key, value in told.items()}, b"{}"
 
     def _deliver(self, oid: str) -> Any:
         if oid not in self.hub.lfs:
@@ -350,6 +388,7 @@ _ROUTES: dict[str, Callable[..., Any]] = {
     "GET /api/whoami-v2": _Handler._whoami,
     "POST /api/repos/create": _Handler._create,
     "GET /api/models": _Handler._list,
+    r"GET /api/collections/(?P<slug>[\w.-]+/[\w.-]+)": _Handler._collection,
     f"GET /api/models/{_REPO}(/revision/{_REVISION})?": _Handler._info,
     f"GET /api/models/{_REPO}/tree/{_REVISION}(/.*)?": _Handler._tree,
     f"POST /api/models/{_REPO}/branch/(?P<branch>[^/]+)": _Handler._branch,
@@ -361,5 +400,6 @@ _ROUTES: dict[str, Callable[..., Any]] = {
     "POST /lfs-verify": _Handler._verify,
     f"POST /api/models/{_REPO}/commit/{_REVISION}": _Handler._commit,
     f"GET /{_REPO}/resolve/{_REVISION}/(?P<path>.+)": _Handler._resolve,
+    f"GET /api/models/{_REPO}/xet-(read|write)-token/{_REVISION}": _Handler._xet_token,
     "GET /cdn/(?P<oid>[0-9a-f]{64})": _Handler._deliver,
 }

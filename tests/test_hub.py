@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import Fault, User
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from stranger import explain_elsewhere
 from tiny import noise_image, same_weights
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
@@ -243,6 +243,27 @@ def test_card_from_the_hub_can_be_pushed_again(owner, shipped, push, reports):
     assert owner.files("org/tve")["README.md"] == first
 
 
+def test_licence_is_the_given_one_or_the_cards(owner, shipped, push, reports):
+    def license_there():
+        return ModelCard(owner.files("org/tve")["README.md"].decode()).data.license
+
+    push(shipped, "org/tve", "--results", *reports, "--yes")
+    assert license_there() is None
+    push(shipped, "org/tve", "--results", *reports, "--license", "apache-2.0", "--yes")
+    assert license_there() == "apache-2.0"
+    (shipped / "README.md").write_bytes(owner.files("org/tve")["README.md"])
+    push(shipped, "org/tve", "--results", *reports, "--yes")
+    assert license_there() == "apache-2.0"
+    push(shipped, "org/tve", "--results", *reports, "--license", "mit", "--yes")
+    assert license_there() == "mit"
+
+
+def test_licence_that_the_hub_does_not_know_is_said(owner, shipped, push, reports):
+    said = push(shipped, "org/tve", "--results", *reports, "--license", "free", "--yes")
+    assert "does not take the card" in said and '"license" must be one of' in said and "not free" in said
+    assert owner.files("org/tve") == {}
+
+
 def test_push_to_ones_own_repository_updates_it_on_any_branch(owner, shipped, push, reports):
     push(shipped, "org/tve", "--results", *reports, "--yes")
     first = owner.repos["org/tve"].branches["main"]
@@ -278,6 +299,8 @@ def damage(folder, change, reports):
         card = str(render_card(folder, reports))
         assert card.count("| images | 2 |") == 1
         (folder / "README.md").write_text(card.replace("| images | 2 |", "| images | 20 |"))
+    elif change == "metadata":
+        (folder / "README.md").write_text("---\nlicense: [mit\n---\n\n# Mine\n")
     elif change in ("report", "other report"):
         report = json.loads((reports[0] / "report.json").read_text())
         if change == "report":
@@ -298,6 +321,7 @@ def damage(folder, change, reports):
         ("no processor", ["preprocessor_config.json"]),
         ("other size", ["contradicts itself"]),
         ("number", ["README.md", "does not say what the results say", "line"]),
+        ("metadata", ["metadata of the card", "README.md", "cannot be read"]),
         ("report", ["lacks a number", "median_spearman"]),
         ("other report", ["runs/another", "not on"]),
     ],

@@ -347,7 +347,10 @@ PROCESSORS = sorted(
 def test_small_blocks_land_where_the_region_says(name, size):
     """The truth is where single blocks of the picture come out, which needs neither ramps nor colours."""
     small = {"size": {"height": 96, "width": 64}} if name == "DonutImageProcessorPil" else {}
-    processor = getattr(transformers, name)(**small)
+    try:
+        processor = getattr(transformers, name)(**small)
+    except ImportError:
+        pytest.skip("that of Segformer needs torchvision in transformers before 5.22")
     left, top, right, bottom = seen_region(processor, size)
 
     def process(picture):

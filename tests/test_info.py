@@ -103,6 +103,22 @@ def test_explainers_of_an_author(online, monkeypatch, pair, capsys):
     assert "org/hidden: same weights" in capsys.readouterr().out
 
 
+def test_explainers_of_a_collection(online, pair, capsys):
+    slug = "someone/explainers-650000000000000000000001"
+    online.collections[slug] = [("dataset", "org/photographs"), ("model", "org/vit"), ("model", "org/tve")]
+    assert main(["info", str(pair[0]), "--collection", slug, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["explainers"]
+    assert [(one["explainer"], one["fit"]) for one in found] == [("org/vit", "no"), ("org/tve", "same weights")]
+    assert found[0]["reason"] == "is no explainer"
+    assert not any(request.endswith(".safetensors") for request in online.requests)
+    assert main(["info", str(pair[0]), "--collection", slug[:-1]]) == 1
+    said = capsys.readouterr().err
+    assert said == (
+        f"tve-hf: There is no collection {slug[:-1]!r} at {online.endpoint} that you may see; pass the end of its "
+        "address, owner/title-id.\n"
+    )
+
+
 def test_hub_out_of_reach_is_one_sentence(online, pair, capsys):
     online.__exit__()
     assert main(["info", str(pair[0]), "--author", "org"]) == 1

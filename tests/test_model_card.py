@@ -83,16 +83,21 @@ def test_explainer_card_holds_the_numbers(explainer_folder, report):
 
 def test_explainer_card_is_metadata_for_the_hub(explainer_folder, report):
     data = ModelCard(str(render_card(explainer_folder, [report], "org/tve-toy"))).data
-    assert (data.library_name, data.pipeline_tag, data.license) == (
-        "transformers",
-        "image-classification",
-        "cc-by-nc-4.0",
-    )
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "image-classification")
     assert data.base_model == "toy/vit" and data.datasets == ["toy/cats"]
     assert {"tve_hf", "transferable-attribution"} <= set(data.tags)
     assert data.model_name == "tve-toy"
     found = {(result.dataset_name, result.metric_type): result.metric_value for result in data.eval_results}
     assert found == {("toy_task", "spearmanr"): 0.765, ("toy_task", "fidelity_gap_zero"): 0.19}
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_licence_is_the_one_that_is_given(explainer_folder, report, measured):
+    reports = [report] if measured else []
+    card = ModelCard(str(render_card(explainer_folder, reports, license="mit")))
+    assert card.data.license == "mit" and "| licence of the weights | `mit` |" in card.text
+    none = ModelCard(str(render_card(explainer_folder, reports)))
+    assert "license" not in none.data.to_dict() and "| licence of the weights | none is named |" in none.text
 
 
 def test_local_names_are_not_given_as_those_of_the_hub(explainer_folder, report):
@@ -143,10 +148,13 @@ def test_card_of_what_evaluate_writes(reports):
                 assert f"{mean:.3f} ± {deviation:.3f}" in line
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CHECKPOINTS.iterdir()))
-def test_code_of_the_cards_runs(name, reports, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "measured"),
+    [*((path.name, False) for path in sorted(CHECKPOINTS.iterdir())), (DEFAULT_EXPLAINER.name, True)],
+)
+def test_code_of_the_cards_runs(name, measured, reports, tmp_path, monkeypatch):
     """Where the names in the cards are those of folders at hand."""
-    card = render_card(CHECKPOINTS / name, reports if CHECKPOINTS / name == DEFAULT_EXPLAINER else [])
+    card = render_card(CHECKPOINTS / name, reports if measured else [])
     blocks = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     assert blocks
     for folder in CHECKPOINTS.iterdir():
@@ -184,5 +192,6 @@ def test_missing_file_is_named(tmp_path, capsys):
 
 def test_command_writes_the_card(explainer_folder, report, tmp_path):
     output = tmp_path / "card.md"
-    assert main(["card", str(explainer_folder), "--results", str(report), "--output", str(output)]) == 0
-    assert ModelCard.load(output).text.strip() == render_card(explainer_folder, [report]).text.strip()
+    arguments = [str(explainer_folder), "--results", str(report), "--license", "mit", "--output", str(output)]
+    assert main(["card", *arguments]) == 0
+    assert output.read_text().strip() == str(render_card(explainer_folder, [report], license="mit")).strip()

@@ -1,14 +1,49 @@
-"""Every Python block of README runs, in order, in one session, as a newcomer would type it."""
+"""Every code block of README and of the other documents runs, as a newcomer would type it.
 
+Python runs in one session. Shell blocks are read by bash, with recorders in the place of the commands; what they
+recorded is then run here if it can run offline, against a Hub of the test's own that has small models under the names
+in the documents, and else parsed by the real parsers.
+"""
+
+import argparse
 import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from hub_server import User
 from PIL import Image
+from tiny import noise_image
+from transformers import HfArgumentParser
+from zero_shot_models import make_model, make_processor
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+from tve_hf import benchmark
+from tve_hf.cli import COMMANDS, main
+from tve_hf.released import DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "model_cards" / "README.md",
+]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(), flags=re.DOTALL)
 
 
 def test_readme_python_blocks_run(tmp_path, monkeypatch):
@@ -18,13 +53,194 @@ def test_readme_python_blocks_run(tmp_path, monkeypatch):
         cat.save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
-    assert len(BLOCKS) >= 4
+    found = blocks(README, "python")
+    assert len(found) >= 4
     # `label="tabby"` stands for a name that the user's own classifier knows.
     labels = "explain('photo.jpg', top_k=1)[0]['label']"
-    for block in BLOCKS:
+    for block in found:
         exec(compile(block.replace('"tabby"', labels), str(README), "exec"), namespace)
     explanation = namespace["explanation"]
     assert explanation["attribution"].shape == (8, 8)
     assert Image.open("why.png").size == cat.size
     assert namespace["scores"].shape == (1, 64)
     assert torch.isfinite(namespace["scores"]).all()
+
+
+# Shell
+
+# Writes its name and arguments to $RECORD, and does what later lines of a block depend on.
+RECORDER = r"""#!/bin/bash
+name=${0##*/}
+case $name in
+    srun) exec "$@" ;;
+    scontrol) echo node-1; exit ;;
+    git) mkdir -p "$(basename "${@: -1}")" ;;
+esac
+printf '%s\0' "$name" "$@" $'\x1e' >> "$RECORD"
+"""
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2", "SLURM_NODEID": "0"}
+
+
+@pytest.fixture
+def typed(tmp_path) -> Callable[[str], list[list[str]]]:
+    """Let bash read a block in the current folder, and return its commands, expanded; variables live on."""
+    recorders, record, variables = (tmp_path / name for name in ("recorders", "record", "variables"))
+    recorders.mkdir()
+    for name in ("accelerate", "git", "make", "pip", "python", "scontrol", "srun", "tve-hf"):
+        (recorders / name).write_text(RECORDER)
+        (recorders / name).chmod(0o755)
+    environment = SLURM | {"PATH": f"{recorders}:/usr/bin:/bin", "RECORD": str(record)}
+
+    def read(block: str) -> list[list[str]]:
+        record.write_bytes(b"")
+        before = variables.read_text() if variables.exists() else ""
+        script = f"set -euao pipefail\n{before}\n{block}\ndeclare -px > {variables}"
+        done = subprocess.run(["/bin/bash", "-c", script], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+        return [command.split("\0")[:-1] for command in record.read_text().split("\x1e\0")[:-1]]
+
+    return read
+
+
+class Parsed(Exception):
+    """Raised in the place of what a script would do with its arguments."""
+
+
+def parse_only(script: str, arguments: list[str]) -> None:
+    """Run a script up to where it has parsed its arguments."""
+
+    def stopping(real: Callable) -> Callable:
+        def parse(*args, **kwargs):
+            real(*args, **kwargs)
+            raise Parsed
+
+        return parse
+
+    with pytest.MonkeyPatch.context() as patch:
+        for parser, method in (
+            (argparse.ArgumentParser, "parse_args"),
+            (HfArgumentParser, "parse_args_into_dataclasses"),
+        ):
+            patch.setattr(parser, method, stopping(getattr(parser, method)))
+        patch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(Parsed):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def make(*targets: str) -> None:
+    subprocess.run(["make", "--dry-run", "-C", str(ROOT), *targets], check=True, capture_output=True)
+
+
+def git(command: str, url: str) -> None:
+    assert (command, url) == ("clone", yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"])
+
+
+def python(script: str, *arguments: str) -> None:
+    parse_only(script, [*arguments])
+
+
+def accelerate(command: str, *arguments: str) -> None:
+    assert command == "launch"
+    args = launch_command_parser().parse_args(arguments)
+    load_config_from_file(str(ROOT / args.config_file))
+    if args.training_script_args != ["..."]:  # as above, say the documents
+        parse_only(args.training_script, args.training_script_args)
+
+
+def tve_hf(*arguments: str) -> None:
+    assert main([*arguments]) == 0, arguments
+
+
+HANDLERS: dict[str, Callable[..., None]] = {
+    "accelerate": accelerate,
+    "git": git,
+    "make": make,
+    "python": python,
+    "tve-hf": tve_hf,
+}
+
+
+@pytest.fixture
+def workplace(hub, tmp_path, monkeypatch) -> Path:
+    """A folder and a Hub with what the documents name."""
+    place = tmp_path / "place"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for folder, number in (("images", 64), ("held-out", 2)):  # one batch, and a pair to compare methods on
+        images = {"image": [noise_image(seed) for seed in range(number)], "label": [0] * number}
+        datasets.Dataset.from_dict(images, features=features).to_parquet(place / folder / "0.parquet")
+    noise_image(0, (64, 48)).save(place / "photo.jpg")
+    shutil.copytree(DEFAULT_CLASSIFIER, place / "my-classifier")
+    shutil.copytree(DEFAULT_EXPLAINER, place / "tve-vit-base")
+    torch.manual_seed(0)
+    make_model("clip").save_pretrained(tmp_path / "clip")
+    make_processor("clip").save_pretrained(tmp_path / "clip")
+    for name, folder in (
+        ("google/vit-base-patch16-224", DEFAULT_CLASSIFIER),
+        ("openai/clip-vit-base-patch16", tmp_path / "clip"),
+        ("org/tve-other", DEFAULT_EXPLAINER),
+    ):
+        hub.add(name, {path.name: path.read_bytes() for path in folder.iterdir()})
+    hub.users["hf_owner"] = User("someone", orgs={"org": "write"})
+    monkeypatch.setenv("HF_TOKEN", "hf_owner")
+    monkeypatch.setitem(benchmark.BUDGETS, "fair", ["random", "rise@2"])  # the real ones are for real machines
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shell_blocks_run_or_parse(document, workplace, typed, hub):
+    fences = set(re.findall(r"^```(\w*)\n", document.read_text(), flags=re.MULTILINE)) - {""}
+    assert fences <= {"python", "sh"}  # those that are run here
+    commands = [command for block in blocks(document, "sh") for command in run(typed(block))]
+    if document == README:
+        assert {command[1] for command in commands if command[0] == "tve-hf"} == {*COMMANDS} - {"card"}
+        assert set(hub.files("org/tve-vit-base")) > {"README.md", "model.safetensors"}
+        assert (workplace / "explanations" / "photo.png").exists()
+
+
+def run(commands: list[list[str]]) -> list[list[str]]:
+    assert commands
+    for name, *arguments in commands:
+        HANDLERS[name](*arguments)
+    return commands
+
+
+def test_a_renamed_option_is_noticed(typed):
+    with pytest.raises(SystemExit):
+        run(typed("tve-hf explain photo.jpg --top-kk 3"))
+    with pytest.raises(ValueError, match="no_such_option"):
+        run(typed("rest='--no_such_option 1'\npython examples/pretrain.py --classifier a --output_dir b $rest"))
+    with pytest.raises(SystemExit):
+        run(typed("accelerate launch --no_such_option 1 examples/pretrain.py ..."))
+    with pytest.raises(subprocess.CalledProcessError):
+        run(typed("make no-such-target"))
+    with pytest.raises(AssertionError, match="no-such-command"):
+        typed("no-such-command")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_sentences_have_their_options(document, capsys):
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    for code in re.findall(r"`((?:tve-hf|make) [^`]+)`", text):
+        name, command, *rest = shlex.split(code)
+        if name == "make":
+            make(command, *rest)
+            continue
+        with pytest.raises(SystemExit) as caught:
+            main([command, "--help"])
+        assert caught.value.code == 0
+        known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+        assert {option for option in rest if option.startswith("--")} <= known, code
+
+
+def test_extras_that_are_said_to_be_installed_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    files = [*DOCUMENTS, *(ROOT / "tve_hf").rglob("*.py"), *(ROOT / "examples").glob("*.py"), ROOT / "Makefile"]
+    said = {
+        extra
+        for file in files
+        for group in re.findall(r"pip install [^`\n]*?(?:tve_hf|\.)\[([\w,]+)\]", file.read_text())
+        for extra in group.split(",")
+    }
+    assert {"demo", "dev", "methods", "train"} <= said <= set(extras)

@@ -148,17 +148,19 @@ def info(arguments: list[str]) -> int:
         "--explainers", nargs="+", metavar="NAME", help="folders or repositories to try; the released ones by default"
     )
     parser.add_argument("--author", help="also try the explainers of this user or organisation of the Hub")
+    parser.add_argument("--collection", metavar="SLUG", help="also try the models of this collection of the Hub")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(arguments)
 
     from transformers.utils import logging
 
-    from .info import describe, explainers_of, text_of
+    from .info import describe, explainers_in, explainers_of, text_of
     from .released import EXPLAINERS
 
     logging.disable_progress_bar()
-    names = args.explainers or ([] if args.author else [*EXPLAINERS])
+    names = args.explainers or ([] if args.author or args.collection else [*EXPLAINERS])
     names += explainers_of(args.author) if args.author else []
+    names += explainers_in(args.collection) if args.collection else []
     found = describe(args.classifier, names)
     print(dumps(found, indent=1) if args.json else text_of(found))
     return 0
@@ -190,6 +192,9 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
+_LICENSE = "of the weights, by its name on the Hub, such as apache-2.0"
+
+
 def card(arguments: list[str]) -> int:
     """Render a checkpoint's model card from its config, training log and evaluation reports."""
     from .model_card import render_card
@@ -203,9 +208,10 @@ def card(arguments: list[str]) -> int:
         default=[],
         help="folders that tve-hf evaluate wrote",
     )
+    parser.add_argument("--license", help=_LICENSE)
     parser.add_argument("--output", type=Path, required=True, help="where the card goes")
     args = parser.parse_args(arguments)
-    _write(args.output, render_card(args.folder, args.results).save)
+    _write(args.output, render_card(args.folder, args.results, license=args.license).save)
     return 0
 
 
@@ -222,6 +228,7 @@ def push(arguments: list[str]) -> int:
         help="folders that tve-hf evaluate wrote",
     )
     parser.add_argument("--card", type=Path, help="card to push if it says what the results say; rendered by default")
+    parser.add_argument("--license", help=f"{_LICENSE}; that of the card by default")
     parser.add_argument("--private", action="store_true", default=None, help="create a private repository")
     parser.add_argument("--branch", help="branch to commit to, created where it does not exist; main by default")
     parser.add_argument("--yes", action="store_true", help="do send it")
@@ -233,7 +240,9 @@ def push(arguments: list[str]) -> int:
     from .hub import prepare
 
     logging.disable_progress_bar()
-    prepared = prepare(args.folder, args.repo_id, args.results, args.card, args.private, args.branch)
+    prepared = prepare(
+        args.folder, args.repo_id, args.results, args.card, args.private, args.branch, license=args.license
+    )
     print(prepared)
     if not args.yes:
         print("Nothing was sent; add --yes to send it.")

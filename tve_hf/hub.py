@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import (
+    BadRequestError,
     HfHubHTTPError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
@@ -18,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.utils import logging
+from yaml import YAMLError
 
 from .model_card import PICTURE, read_json, render_card, report_file, task_of
 from .remote_code import code_files, config_with_code
@@ -61,7 +63,8 @@ class Push:
         """Create repository and branch where they do not exist, and commit; a failed commit changes no file there.
 
         Raises:
-            OSError: If the Hub refuses or cannot be reached.
+            ValueError: If the Hub refuses the card's metadata.
+            OSError: If it refuses anything else, or cannot be reached.
         """
         api = HfApi(token=self.token)
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in self.files.items()]
@@ -75,6 +78,8 @@ class Push:
                 self.repo_id, operations, commit_message="Upload checkpoint and card", revision=self.branch
             )
         except Exception as error:
+            if type(error) is ValueError and isinstance(error.__cause__, BadRequestError):
+                raise ValueError(f"{api.endpoint} does not take the card: {' '.join(str(error).split())}") from error
             raise hub_error(error, self.repo_id, self.branch) from error
 
 
@@ -87,6 +92,7 @@ def prepare(
     branch: str | None = None,
     token: str | bool | None = None,
     measured: bool = True,
+    license: str | None = None,
 ) -> Push:
     """Check a checkpoint, its card, the token and the repository; nothing is sent, and the folder stays as it is.
 
@@ -97,11 +103,12 @@ def prepare(
         repo_id: owner/name; without owner, the token's.
         results: what `tve-hf evaluate` wrote, which the card of an explainer needs.
         card: must be what `render_card` makes of folder and results, under any repository's name; by default the
-            folder's README.md if there is one. It is sent with the name of this repository.
+            folder's README.md if there is one. It is sent with the name of this repository, and this licence.
         private: whether a new repository is to be private.
         branch: main by default.
         token: of the Hub; by default the one of HF_TOKEN or `hf auth login`.
         measured: whether an explainer must come with results; the card says so if it does not.
+        license: of the weights, by its name on the Hub; that of the card by default.
 
     Raises:
         ValueError: If the checkpoint is incomplete, not finite or holds pickles, or the card says something else than
@@ -114,13 +121,14 @@ def prepare(
         files |= {"config.json": config_with_code(folder).encode()} | {path.name: path for path in code_files()}
     if measured and not results and read_json(folder / "config.json")["model_type"] == "tve":
         raise ValueError(f"{folder} needs measured results; run `tve-hf evaluate` and pass its reports as --results.")
-    results = _as_in_card(folder, results, card)
+    results, said = _as_in_card(folder, results, card)
+    license = license or said
     left_out = sorted(path.name for path in folder.iterdir() if path.name not in {*files, _CARD})
 
     branch = branch or "main"
     api = HfApi(token=token)
     repo_id = writable(api, repo_id)
-    files[_CARD] = str(render_card(folder.resolve(), results, repo_id)).encode()
+    files[_CARD] = str(render_card(folder.resolve(), results, repo_id, license)).encode()
     there: list[str] | None
     try:
         there = _files_there(api, repo_id, branch, private)
@@ -184,8 +192,8 @@ def _checked_files(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in [*(folder / name for name in FILES), *index, *weights, *picture]}
 
 
-def _as_in_card(folder: Path, results: list[Path], card: Path | None) -> list[Path]:
-    """The results in the order of the card, which says what they say."""
+def _as_in_card(folder: Path, results: list[Path], card: Path | None) -> tuple[list[Path], str | None]:
+    """The results in the order of the card, which says what they say, and the licence that it names."""
     for path in results:
         model = str(read_json(report_file(path)).get("settings", {}).get("model"))
         if Path(model).name != folder.resolve().name:
@@ -199,11 +207,12 @@ def _as_in_card(folder: Path, results: list[Path], card: Path | None) -> list[Pa
     # What pre-training wrote there, before there were results, makes way for them.
     if card is None or (card == own and text.strip() == str(render_card(folder.resolve(), [])).strip()):
         render_card(folder.resolve(), results)
-        return results
-    # The order of tasks in the card is free, and so is the repository's name.
+        return results, None
+    # The order of tasks in the card is free, and so are the repository's name and the licence.
     results = sorted(results, key=lambda path: text.find(f"### {task_of(path)}\n"))
     named = re.search(r'model="([^"]+)"', text)
-    rendered = str(render_card(folder.resolve(), results, named[1] if named else None))
+    license = _license_in(card, text)
+    rendered = str(render_card(folder.resolve(), results, named[1] if named else None, license))
     lines, expected = text.strip().splitlines(), rendered.strip().splitlines()
     if lines != expected:
         pairs = zip([*lines, ""], [*expected, ""], strict=False)
@@ -212,7 +221,15 @@ def _as_in_card(folder: Path, results: list[Path], card: Path | None) -> list[Pa
             f"The card {card} does not say what the results say: line {number} is {said[:80]!r}, expected "
             f"{meant[:80]!r}; render it again with `tve-hf card`."
         )
-    return results
+    return results, license
+
+
+def _license_in(card: Path, text: str) -> str | None:
+    """The licence in the metadata of a card."""
+    try:
+        return ModelCard(text).data.license
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"The metadata of the card {card} cannot be read ({error}); render it again.") from error
 
 
 def writable(api: HfApi, repo_id: str) -> str:

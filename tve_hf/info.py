@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
 
 from .classifiers import split_classifier
 from .compatibility import verdict_by_name
@@ -22,6 +23,26 @@ def explainers_of(author: str) -> list[str]:
         return sorted(model.id for model in HfApi().list_models(author=author, filter=TAG))
     except Exception as error:
         raise hub_error(error, author) from error
+
+
+def explainers_in(collection: str) -> list[str]:
+    """List the models of a collection of the Hub, in its order, whatever they are.
+
+    Args:
+        collection: its slug, owner/title-id, as at the end of its address.
+
+    Raises:
+        OSError: If there is none, or the Hub cannot be reached or refuses.
+    """
+    try:
+        return [item.item_id for item in HfApi().get_collection(collection).items if item.item_type == "model"]
+    except Exception as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 404:
+            raise OSError(
+                f"There is no collection {collection!r} at {constants.ENDPOINT} that you may see; pass the end of its "
+                "address, owner/title-id."
+            ) from error
+        raise hub_error(error, collection) from error
 
 
 @torch.no_grad()

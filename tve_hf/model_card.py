@@ -196,13 +196,17 @@ _KINDS: dict[str, tuple[str, Any, list[str]]] = {
 _CLASSIFIER = ("classifier.md", _classifier_values, [TAG])
 
 
-def render_card(folder: Path, results: list[Path], repo_id: str | None = None) -> ModelCard:
+def render_card(
+    folder: Path, results: list[Path], repo_id: str | None = None, license: str | None = None
+) -> ModelCard:
     """Render the card of a checkpoint.
 
     Args:
         folder: checkpoint with config.json and training.json.
         results: what `tve-hf evaluate` wrote, one folder or report.json for each task, whose name is the folder's.
         repo_id: name to load the checkpoint by in the card's code; that of the folder by default.
+        license: of the weights, by its name on the Hub; only who releases them knows it, so the card names none by
+            default.
 
     Raises:
         ValueError: If a file or a number is missing, or two reports are of tasks of one name.
@@ -218,9 +222,10 @@ def render_card(folder: Path, results: list[Path], repo_id: str | None = None) -
     backbone = config.get("backbone_name") or ""
     try:
         values = values_of(folder, config, reports) | {"name": name, "repo": repo}
+        values["licence"] = f"`{license}`" if license else "none is named"
         data = ModelCardData(
             library_name="transformers",
-            license="cc-by-nc-4.0" if template != "pretrained.md" else None,  # its images are not known
+            license=license,
             pipeline_tag="image-classification",
             base_model=backbone if _on_the_hub(backbone) else None,
             datasets=_datasets(read_json(folder / "training.json")["arguments"], reports) or None,

@@ -51,12 +51,14 @@ class Source:
         return self._fetched(filename) if self.hub else self._found(filename)
 
     def _found(self, filename: str) -> Path | None:
-        folder = Path(self.name, self.subfolder).resolve()
-        path = folder / filename
+        root = Path(self.name).resolve()
+        path = root / self.subfolder / filename
         if not path.is_file():
             return None
-        # A snapshot in the Hub's cache consists of links to the cache's own files.
-        homes = (Path(self.name).resolve(), folder.parent.parent / "blobs", Path(constants.HF_HUB_CACHE).resolve())
+        # A snapshot in the Hub's cache consists of links to the cache's own files: those of its repository or, of
+        # what came by Xet, those that all repositories share.
+        homes = [root, Path(constants.HF_HUB_CACHE).resolve()]
+        homes += [above / "blobs" for above in root.parents[1:3] if root.parent.name == "snapshots"]
         if not any(path.resolve().is_relative_to(home) for home in homes):
             raise ValueError(
                 f"{Path(self.name, self.subfolder, filename)} is a link that leads out of its folder; "
@@ -272,7 +274,8 @@ def _whole(name: str, path: Path) -> Path:
     """Check a cached file against the hash that the cache names it by; the Hub's client compares only its size."""
     if not path.is_symlink():  # as on file systems without links
         return path
-    blob = path.parent / os.readlink(path)
+    # A blob that came by Xet is in turn a link, to a file that all repositories share.
+    blob, held = path.parent / os.readlink(path), path.resolve()
     expected = blob.name
     if re.fullmatch(r"[0-9a-f]{64}", expected):
         with open(path, "rb") as file:
@@ -283,8 +286,8 @@ def _whole(name: str, path: Path) -> Path:
     else:
         return path
     if found != expected:
-        path.unlink()
-        blob.unlink(missing_ok=True)
+        for part in (path, blob, held):
+            part.unlink(missing_ok=True)
         raise OSError(f"{path.name} of {name} is damaged: its checksum is wrong. It was removed; try again.")
     return path
 
@@ -325,10 +328,10 @@ def hub_error(error: Exception, name: str, revision: str | None = None) -> OSErr
         return OSError(
             f"{name} is neither a folder here nor in the cache, and the Hub may not be asked while offline."
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return OSError(
-            errno.ENOSPC, f"No space is left for {name}; free some, or set HF_HOME to another disk", error.filename
-        )
+    # hf_xet, by which the client moves large files, gives the text alone.
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        place = getattr(error, "filename", None)
+        return OSError(errno.ENOSPC, f"No space is left for {name}; free some, or set HF_HOME to another disk", place)
     if isinstance(error, OSError) and error.errno is None and "Consistency check" in str(error):
         return OSError(f"{name} came down incomplete; try again.")
     if isinstance(error, OSError) and error.errno is not None:
