@@ -180,8 +180,8 @@ def point_iou(scores: Tensor, points: Tensor, inside: Tensor, class_idx: Tensor)
     if not ((points >= 0) & (points <= 1))[there].all():
         raise ValueError("A point lies beyond its map; pass x and y in [0, 1], shares of what the map covers.")
     place = (2 * points.float() - 1).nan_to_num().unsqueeze(1)  # (M, 1, K, 2)
-    read = F.grid_sample(maps.unsqueeze(1), place, mode="bilinear", padding_mode="border", align_corners=False)
-    found = (read[:, 0, 0] > 0.5) & there
+    values = F.grid_sample(maps.unsqueeze(1), place, mode="bilinear", padding_mode="border", align_corners=False)
+    found = (values[:, 0, 0] > 0.5) & there
     on = inside == 1
     both, either = (found & on).sum(1).float(), (found | on).sum(1).float()
     classes, label = class_idx.to(points.device).unique(return_inverse=True)
