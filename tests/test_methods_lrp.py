@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from untouched import left_as_found
 
 from tve_hf import methods
+from tve_hf.benchmark import BUDGETS
 from tve_hf.classifiers import SplitClassifier, split_classifier
 from tve_hf.methods._attention import attend, find_layout
 from tve_hf.methods._gradients import differentiable
@@ -260,6 +261,12 @@ def test_attention_takes_half_of_what_it_makes(classifier_of, images) -> None:
         attended = attend(classifier, pixel_values, layout, (m.register_forward_hook(keep) for m in [last]))
     of_map, of_output = tape.relevance(attended.logits, CLASS_IDX, [attended.maps[-1], made[0]])
     torch.testing.assert_close(of_map.flatten(1).sum(1), of_output.flatten(1).sum(1) / 2)
+
+
+def test_it_runs_only_when_named() -> None:
+    """LRP is patented: no ready list may bring it in."""
+    assert set(LRP) <= methods.available()
+    assert not {spec.split("@")[0] for budget in BUDGETS.values() for spec in budget} & set(LRP)
 
 
 # --- what it cannot serve -------------------------------------------------------------------------------------------

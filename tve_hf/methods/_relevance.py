@@ -12,8 +12,8 @@ is, and biases take none. Beyond both, where a plain ViT has nothing of the kind
 Sums of relevance in Eq. 9-10 are those of each image, so that a batch gives what its images give alone. Relevance of a
 sum or product that is exactly 0 is dropped; the authors' code adds 1e-9 to denominators.
 
-LRP is patented. Its inventors at Fraunhofer say in the README of their library LXT that it may be used free of charge
-for personal and scientific purposes only. The licence of this package grants no rights to their patents.
+LRP is patented: it "can only be used free of charge for personal and scientific purposes", says the README of LXT,
+Fraunhofer's own library for it. The licence of this package grants no rights to those patents.
 """
 
 from collections.abc import Callable, Sequence

@@ -3,8 +3,9 @@
 Voita et al. give it for the heads of text models; this is the map that Chefer et al. (arXiv 2012.09838) and LeGrad
 (arXiv 2404.03214) compare with, as in the former's code (hila-chefer/Transformer-Explainability, MIT licence).
 
-LRP is patented: see `_relevance`. No list of methods that this package makes by itself has it; it runs by its name
-alone.
+Layer-wise relevance propagation is patented; Fraunhofer lets it be used free of charge for personal and scientific
+purposes only, and the licence of this package grants no rights to its patents. So no budget of `tve-hf evaluate` has
+this method: it runs only when named.
 """
 
 import torch

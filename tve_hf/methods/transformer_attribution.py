@@ -3,8 +3,9 @@
 Written from the paper; the authors' code (hila-chefer/Transformer-Explainability, MIT licence) tells the defaults.
 `chefer_cam` is their later method, with attention itself in place of its relevance.
 
-LRP is patented: see `_relevance`. No list of methods that this package makes by itself has it; it runs by its name
-alone.
+Layer-wise relevance propagation is patented; Fraunhofer lets it be used free of charge for personal and scientific
+purposes only, and the licence of this package grants no rights to its patents. So no budget of `tve-hf evaluate` has
+this method: it runs only when named.
 """
 
 import torch
