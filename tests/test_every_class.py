@@ -148,6 +148,8 @@ ATTENDS_LAST = {
     "SwinForImageClassification",
     "Swinv2ForImageClassification",
 }
+# Of these, the ones with a convolution between that attention and the head.
+CONVOLVES_AFTER = {"PvtV2ForImageClassification", "SegformerForImageClassification"}
 ATTENDS = {
     "BeitForImageClassification",
     "CLIPForImageClassification",
@@ -289,12 +291,20 @@ def test_attention_methods_serve_a_class_or_say_that_it_does_not_attend(make, na
     case = make(name)
     classifier = split_classifier(case.model, case.processor)
     pixel_values = case.inputs(2)["pixel_values"]
-    for method, served in {"attention_cam": ATTENDS | ATTENDS_LAST, "legrad": ATTENDS}.items():
+    last = ATTENDS | ATTENDS_LAST
+    for method, served in {
+        "attention_cam": last,
+        "partial_lrp": last - CONVOLVES_AFTER,
+        "legrad": ATTENDS,
+        "transformer_attribution": ATTENDS,
+    }.items():
         with left_as_found(case.model):
             if name in served:
                 scores = methods.explain(method, classifier, pixel_values, torch.tensor([1, 3]), 4)
                 assert torch.isfinite(scores).all()
                 assert (scores.flatten(1).std(1) > 0).all()
             else:
-                with pytest.raises(ValueError, match="block, which this method reads; use another"):
+                with pytest.raises(
+                    ValueError, match="(block, which this method reads|cannot pass relevance); use another"
+                ):
                     methods.explain(method, classifier, pixel_values, torch.tensor([1, 3]), 4)

@@ -25,6 +25,8 @@ _METHODS = {
     "rollout": ".rollout",
     "attention_cam": ".attention_cam",
     "chefer_cam": ".chefer_cam",
+    "partial_lrp": ".partial_lrp",
+    "transformer_attribution": ".transformer_attribution",
     "legrad": ".legrad",
     "text_span": ".text_span",
     "grad_cam": ".grad_cam",

@@ -5,7 +5,7 @@ block, with queries that are none of its tokens. Which tokens the embedding is r
 """
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -55,6 +55,20 @@ class Layout:
         patches = values[:, self.prefix :].unflatten(1, (1, self.rows, self.columns))
         return F.interpolate(patches.float(), size=grid_size, mode="bilinear", align_corners=False).squeeze(1)
 
+    def accumulated(self, weighted: Sequence[Tensor]) -> Tensor:
+        """Row of `queries` of R, where R <- R + mean_heads(ReLU(W)) R over the blocks, from R = I, (B, T).
+
+        Args:
+            weighted: W of each block, (B, heads, T, T), and last that of the pooler, if there is one, which ends with
+                mean_heads(ReLU(W)) R: its queries are none of the tokens.
+        """
+        steps = [w.float().relu().mean(1) for w in weighted]
+        pooled = steps.pop() if self.pooler else None
+        relevance = torch.eye(steps[0].shape[-1], device=steps[0].device).expand_as(steps[0])
+        for step in steps:
+            relevance = relevance + step @ relevance
+        return self.query_rows(relevance) if pooled is None else (pooled @ relevance).mean(1)
+
 
 @dataclass
 class Attended:
@@ -64,6 +78,17 @@ class Attended:
     embeddings: Tensor
     maps: list[Tensor]
     pooled: Tensor | None  # (B, heads, queries, T)
+
+    def maps_from(self, start_layer: int, name: str) -> list[Tensor]:
+        """Maps of the blocks from this one on, negative from the end, and of the pooler; `name` is the classifier's.
+
+        Raises:
+            ValueError: If there is no such block.
+        """
+        count = len(self.maps)
+        if not -count <= start_layer < count:
+            raise ValueError(f"start_layer={start_layer} is none of the {count} blocks of {name}.")
+        return self.maps[start_layer:] + ([] if self.pooled is None else [self.pooled])
 
 
 def replace_first(output: Any, tensor: Tensor) -> Any:

@@ -36,17 +36,9 @@ def explain(
             them, or under inference mode.
     """
     layout = find_layout(classifier, pixel_values)
-    count = len(layout.blocks)
-    if not -count <= start_layer < count:
-        raise ValueError(f"start_layer={start_layer} is none of the {count} blocks of {classifier.name}.")
     with differentiable(pixel_values) as x:
         attended = attend(classifier, x, layout)
-        used = attended.maps[start_layer:] + ([] if attended.pooled is None else [attended.pooled])
+        used = attended.maps_from(start_layer, classifier.name)
         slopes = torch.autograd.grad(class_evidence(attended.logits, class_idx), used)
-    steps = [(a.detach().float() * slope.float()).relu().mean(1) for a, slope in zip(used, slopes, strict=True)]
-    pooled = None if attended.pooled is None else steps.pop()
-    relevance = torch.eye(steps[0].shape[-1], device=steps[0].device).expand_as(steps[0])
-    for step in steps:
-        relevance = relevance + step @ relevance
-    row = layout.query_rows(relevance) if pooled is None else (pooled @ relevance).mean(1)
-    return layout.on_grid(row, grid_size)
+    weighted = [a.detach().float() * slope.float() for a, slope in zip(used, slopes, strict=True)]
+    return layout.on_grid(layout.accumulated(weighted), grid_size)
