@@ -86,6 +86,10 @@ class TVEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ViTMAEDecoder):
             init.copy_(module.decoder_pos_embed, sincos_positions(module.decoder_pos_embed))
 
+    def get_input_embeddings(self) -> Any:
+        """None: there is no table of tokens, as what shards models over processes asks for."""
+        return None
+
     def _check_pixel_values(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
         if pixel_values is None:
             raise ValueError("pixel_values are missing, pass normalised images of shape (B, channels, height, width).")

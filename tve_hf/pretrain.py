@@ -90,8 +90,6 @@ class _Run:
         args, accelerator = self.args, self.accelerator
         if args.torch_compile:
             explainer.compile()
-        # Accelerate shards a table of tokens by itself and asks for one, which is an error where there is none.
-        explainer.get_input_embeddings = lambda: None
         optimizer, schedule = build_optimizer(args, explainer, self.steps, self.world)
         deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
         if deepspeed is not None:  # which would ask the loader, if Accelerate prepared it
