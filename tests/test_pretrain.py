@@ -10,6 +10,7 @@ import resource
 import signal
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate import debug_launcher
@@ -74,9 +75,11 @@ def settings(classifier, parquet, tmp_path):
     }
 
 
-def test_first_loss_is_equation_8(settings, classifier, tmp_path):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_first_loss_is_equation_8(settings, classifier, tmp_path, normalized):
     """An untrained explainer predicts G(empty image) and G(x), so its loss needs no explainer to be computed."""
     options = {"batch_size": NUM_IMAGES, "patches_per_image": GRID * GRID, "num_epochs": 1, "flip": False}
+    options["normalize_labels"] = normalized
     pretrain(PretrainArguments(**(settings | options)))
     (row,) = json.loads((tmp_path / "run" / "training.json").read_text())["log"]
 
@@ -96,11 +99,17 @@ def test_first_loss_is_equation_8(settings, classifier, tmp_path):
             top, left = max(0, row_of_patch - HOPS) * patch, max(0, column - HOPS) * patch
             near[top : (row_of_patch + HOPS + 1) * patch, left : (column + HOPS + 1) * patch] = 1
             g, h = embed(pixel_values * near), embed(pixel_values * (1 - near))
-            kept_terms.append((embed(torch.zeros(1, 3, SIDE, SIDE)) - g).square().sum(-1).mean())
-            removed_terms.append((embed(pixel_values) - h).square().sum(-1).mean())
+            kept_terms.append(g - embed(torch.zeros(1, 3, SIDE, SIDE)))
+            removed_terms.append(h - embed(pixel_values))
+    terms = [torch.cat(found).double().numpy() for found in (kept_terms, removed_terms)]  # (images x patches, D) each
+    weights = [1, 1]
+    if normalized:  # each dimension by its own variance, or by a hundredth of the mean one
+        variances = [found.var(0, ddof=1) for found in terms]
+        both = (variances[0].mean() + variances[1].mean()) / 2
+        weights = [both / np.maximum(variance, variance.mean() / 100) for variance in variances]
     assert row["step"] == 1
-    assert row["kept_loss"] == pytest.approx(float(torch.stack(kept_terms).mean()), rel=1e-4)
-    assert row["removed_loss"] == pytest.approx(float(torch.stack(removed_terms).mean()), rel=1e-4)
+    for name, found, weight in zip(("kept_loss", "removed_loss"), terms, weights, strict=True):
+        assert row[name] == pytest.approx((found**2 * weight).sum(1).mean(), rel=1e-4)
 
 
 def test_two_epochs_leave_an_explainer_that_explains(settings, classifier, parquet, tmp_path):
@@ -122,8 +131,9 @@ def test_two_epochs_leave_an_explainer_that_explains(settings, classifier, parqu
     assert explain(noise_image(0))[0]["attribution"].shape == (GRID, GRID)
 
 
-@pytest.mark.parametrize("killed_in_step", [3, 4, 6])
-def test_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, monkeypatch, killed_in_step):
+@pytest.mark.parametrize(("killed_in_step", "normalized"), [(3, False), (4, False), (6, False), (4, True)])
+def test_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, monkeypatch, killed_in_step, normalized):
+    settings["normalize_labels"] = normalized
     whole = pretrain(PretrainArguments(**settings)).state_dict()
     settings["output_dir"] = str(tmp_path / "killed")
     sample, steps = tve_hf.pretrain.sample_patches, []
@@ -140,8 +150,8 @@ def test_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, monkeypatch
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     torch.manual_seed(99)
     resumed = pretrain(PretrainArguments(**settings)).state_dict()
-    saved = (killed_in_step - 1) // 2 * 2
-    assert len(steps) == killed_in_step + 6 - saved  # and not from the start again
+    saved = (killed_in_step - normalized - 1) // 2 * 2  # each start draws once more to measure the variances
+    assert len(steps) == killed_in_step + normalized + 6 - saved  # and not from the start again
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     logs = [json.loads((tmp_path / run / "training.json").read_text())["log"] for run in ("run", "killed")]
     for row in (*logs[0], *logs[1]):

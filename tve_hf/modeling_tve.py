@@ -149,6 +149,7 @@ class TVEExplainer(TVEPreTrainedModel):
         patch_idx: torch.Tensor | None = None,
         kept_labels: torch.Tensor | None = None,
         removed_labels: torch.Tensor | None = None,
+        label_weights: torch.Tensor | None = None,
     ) -> TVEExplainerOutput:
         """Predict kept and removed; with labels, also the pre-training loss (Eq. 8).
 
@@ -162,6 +163,7 @@ class TVEExplainer(TVEPreTrainedModel):
             patch_idx: row-major indices of the patches that the labels are of, int64, (B, k); None means all N.
             kept_labels: exact G(N(z); x) of these patches, (B, k, D).
             removed_labels: exact G(Z \\ N(z); x) of these patches, (B, k, D).
+            label_weights: of the squares in each dimension of kept and of removed, (2, D); 1 by default.
 
         Raises:
             ValueError: an input that the trunk needs is missing or has the wrong shape, or labels are incomplete.
@@ -172,17 +174,18 @@ class TVEExplainer(TVEPreTrainedModel):
             return TVEExplainerOutput(kept=kept, removed=removed)
         if kept_labels is None or removed_labels is None:
             raise ValueError("kept_labels and removed_labels are both needed for the loss, pass both or no labels.")
-        kept_loss = _mean_squared_distance(kept, kept_labels, patch_idx)
-        removed_loss = _mean_squared_distance(removed, removed_labels, patch_idx)
+        of_kept, of_removed = (None, None) if label_weights is None else label_weights
+        kept_loss = _mean_squared_distance(kept, kept_labels, patch_idx, of_kept)
+        removed_loss = _mean_squared_distance(removed, removed_labels, patch_idx, of_removed)
         return TVEExplainerOutput(
             loss=kept_loss + removed_loss, kept_loss=kept_loss, removed_loss=removed_loss, kept=kept, removed=removed
         )
 
 
 def _mean_squared_distance(
-    predicted: torch.Tensor, labels: torch.Tensor, patch_idx: torch.Tensor | None
+    predicted: torch.Tensor, labels: torch.Tensor, patch_idx: torch.Tensor | None, weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the mean over (B, k) of the squared distance between predicted[:, patch_idx] and labels, (B, k, D)."""
+    """Return the mean over (B, k) of the squared distance, weighted (D,), of predicted[:, patch_idx] and labels."""
     if patch_idx is not None:
         predicted = predicted.gather(1, patch_idx[..., None].expand(-1, -1, predicted.shape[-1]))  # (B, k, D)
     if predicted.shape != labels.shape:
@@ -191,7 +194,8 @@ def _mean_squared_distance(
             f"pass patch_idx (B, k) to name the patches that they are of."
         )
     # float32 whatever the weights: a sum of D squares loses most of its digits in bfloat16.
-    return (predicted.float() - labels.float()).square().sum(-1).mean()
+    squares = (predicted.float() - labels.float()).square()
+    return (squares if weights is None else squares * weights).sum(-1).mean()
 
 
 __all__ = ["TVEExplainer", "TVEExplainerOutput", "TVEPreTrainedModel"]

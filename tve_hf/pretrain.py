@@ -28,7 +28,7 @@ from .patches import sample_patches
 from .pretraining_arguments import PretrainArguments, check
 from .pretraining_data import Batch, batches_of, steps_of
 from .pretraining_images import first_images, open_images
-from .pretraining_model import build_explainer, build_optimizer, config_for, with_sizes_of_explainer
+from .pretraining_model import build_explainer, build_optimizer, config_for, label_weights, with_sizes_of_explainer
 from .processes import StopSignals, alone_in, join_processes, over_processes, telling_of_killed_workers
 from .strict_json import dumps
 
@@ -36,6 +36,7 @@ logger = logging.get_logger(__name__)
 
 __all__ = ["PretrainArguments", "config_for", "pretrain"]
 
+LABEL_IMAGES = 64  # of the training set, to measure the variances of --normalize_labels on
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -77,6 +78,11 @@ class _Run:
         dtype = HALF.get(accelerator.mixed_precision, torch.float32)
         teacher = split_classifier(args.classifier, dtype=dtype).to(accelerator.device)
         self.teacher = teacher.reading(tuple(config.feature_names))
+        self.label_weights: Tensor | None = None
+        if args.normalize_labels:  # measured anew when a run is resumed: the same images and patches, so the same
+            pixel_values = first_images(self.images, self.classifier, LABEL_IMAGES).to(accelerator.device)
+            _, patch_idx = draw(args, 0, self.steps, len(pixel_values), config.num_patches)
+            self.label_weights = label_weights(self.classifier, config, pixel_values, patch_idx)
         self.held_out: HeldOut | None = None
         if args.validation_files or args.validation_split:
             held = open_images(args, args.validation_files, args.validation_split or "train", args.streaming)
@@ -133,6 +139,7 @@ class _Run:
             patch_idx=patch_idx,
             kept_labels=kept,
             removed_labels=removed,
+            label_weights=self.label_weights,
         )
 
     def step(self, batches: list[Batch], good: int) -> Tensor:

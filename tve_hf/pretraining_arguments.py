@@ -72,6 +72,7 @@ class PretrainArguments:
     gradient_accumulation_steps: int = _field(1, "Forward passes per step.")
     num_epochs: int = _field(2, "Passes over the images.")
     max_steps: int = _field(0, "Steps, instead of epochs; needed where the number of images is unknown.")
+    normalize_labels: bool = _field(False, "Divide the squared error of each dimension by its variance.")
     learning_rate: float = _field(1e-3, "Peak learning rate.")
     weight_decay: float = _field(0.05, "Of the weights with two dimensions or more.")
     warmup_ratio: float = _field(0.05, "Share of the steps in which the learning rate rises.")

@@ -5,9 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
+from .attribution import exact_meta_attribution
 from .classifiers import SplitClassifier
 from .compatibility import fit
 from .configuration_tve import TVEConfig
@@ -109,3 +111,20 @@ def build_optimizer(
     # Accelerate steps a prepared schedule once for each process.
     warmup, end = (number * world for number in (int(args.warmup_ratio * steps), steps))
     return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, end)
+
+
+@torch.no_grad()
+def label_weights(classifier: SplitClassifier, config: TVEConfig, pixel_values: Tensor, patch_idx: Tensor) -> Tensor:
+    """Weights that let every dimension of kept and removed say as much in the loss, (2, D).
+
+    They are the mean variance over the variance of each dimension, of kept and of removed - G(x), which are what is to
+    be learnt. A dimension that hardly moves gets no more than a hundred times the mean weight of its part.
+
+    Args:
+        pixel_values: images to measure the variances on, (B, 3, H, W).
+        patch_idx: some of their patches, (B, k).
+    """
+    kept, removed = exact_meta_attribution(classifier, pixel_values, config.grid_size, config.hops, patch_idx)
+    differences = torch.stack([kept, removed - classifier.embed(pixel_values)[:, None]])  # (2, B, k, D)
+    variances = differences.float().flatten(1, 2).var(1)
+    return variances.mean() / variances.clamp(min=0.01 * variances.mean(1, keepdim=True))
