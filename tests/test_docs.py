@@ -1,0 +1,37 @@
+"""Numbers in the documents are those of the JSON files beside them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tve_hf.report import table_of
+
+ROOT = Path(__file__).resolve().parents[1]
+REPORTS = sorted((ROOT / "docs" / "comparison").glob("*/report.json"))
+OBJECTIVES = json.loads((ROOT / "model_cards" / "results" / "objective.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.parent.name)
+def test_tables_are_those_of_the_reports(path) -> None:
+    report = json.loads(path.read_text())
+    assert path.with_name("table.md").read_text() == table_of(report) + "\n"
+    assert f"comparison/{path.parent.name}/table.md" in (ROOT / "docs" / "comparison.md").read_text()
+    assert report["num_images"] == len(report["rows"]) == 100
+
+
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_what_was_tried_is_what_the_study_found(case) -> None:
+    text = (ROOT / "docs" / "imagenet.md").read_text()
+    _, text = text.split(f"`{case}`, where exact maps have a fidelity gap of ", 1)
+    found = OBJECTIVES[case]
+    assert text.startswith(f"{found['exact']['gap']['mean']:.3f}")
+    rows = [line.split("|")[2:-1] for line in text.split("\n\n")[1].splitlines()[2:]]
+    names = ["eq8", "balanced", "per_dimension", "huber", "kl", "logits", "mean_0.95", "mean_0.98", "mean_0.995"]
+    names += ["same_draws", "same_draws_3_times_the_steps"]
+    assert len(rows) == len(names)
+    for name, cells in zip(names, rows, strict=True):
+        measured = [found[name][key] for key in ("kept_error", "removed_error", "spearman", "spearman_eq7", "gap")]
+        expected = [f"{value['mean']:.3f}" for value in measured]
+        expected.append(" to ".join(f"{v:+.3f}" for v in found[name]["gap"].get("above_eq8", [])).replace("-", "−"))
+        assert [cell.strip() for cell in cells] == expected, name
