@@ -53,7 +53,7 @@ python examples/study_rules.py --num_images 100 --output_file $results/rules.jso
 
 measure() { # task, rule, name of the report, methods
     classifier=$([ $1 = tiny_imagenet ] && echo "$vit --vit_shapley $shapley" || echo $pets)
-    tve-hf evaluate --classifier $classifier --model $explainer --num_images 200 --rule $2 \
+    tve-hf evaluate --classifier $classifier --model $explainer --num_images 300 --rule $2 \
         --test_files "$data/$1/test-*.parquet" --output_dir $runs/results/$3 --methods ${@:4}
     mkdir -p $results/$3
     for file in report.json table.md fidelity.png cost.png; do
