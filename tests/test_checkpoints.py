@@ -92,6 +92,7 @@ def test_report_is_what_the_checkpoints_give(task, shared_data, tmp_path):
     settings = report["settings"] | {
         "classifier": str(TASKS[task]),
         "model": str(DEFAULT_EXPLAINER),
+        "vit_shapley": None,
         "test_files": [str(path) for path in (shared_data / task).glob("test-*.parquet")],
         "num_images": 20,
         "methods": ["rollout"],

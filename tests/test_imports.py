@@ -65,6 +65,7 @@ LAYERS = {
     "pretraining_model": 2.5,
     "processes": 2.4,
     "checkpointing": 2.5,
+    "label_cache": 2.6,
     "held_out": 2.5,
     "pretrain": 3.7,
     "benchmark": 3,

@@ -75,11 +75,11 @@ def settings(classifier, parquet, tmp_path):
     }
 
 
-@pytest.mark.parametrize("normalized", [False, True])
-def test_first_loss_is_equation_8(settings, classifier, tmp_path, normalized):
+@pytest.mark.parametrize(("normalized", "cached"), [(False, False), (True, False), (False, True)])
+def test_first_loss_is_equation_8(settings, classifier, tmp_path, normalized, cached):
     """An untrained explainer predicts G(empty image) and G(x), so its loss needs no explainer to be computed."""
     options = {"batch_size": NUM_IMAGES, "patches_per_image": GRID * GRID, "num_epochs": 1, "flip": False}
-    options["normalize_labels"] = normalized
+    options |= {"normalize_labels": normalized, "cache_labels": cached}
     pretrain(PretrainArguments(**(settings | options)))
     (row,) = json.loads((tmp_path / "run" / "training.json").read_text())["log"]
 
@@ -161,9 +161,19 @@ def test_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, monkeypatch
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_draws_are_those_of_algorithm_1_by_hand(settings, classifier, tmp_path):
+@pytest.mark.parametrize("cached", [False, True])
+def test_draws_are_those_of_algorithm_1_by_hand(settings, classifier, tmp_path, monkeypatch, cached):
     """A plain loop with the documented seeds gives the same weights to the bit: a command stays reproducible."""
-    trained = pretrain(PretrainArguments(**(settings | {"seed": 4})))
+    calls = []
+
+    def count(*arguments):
+        calls.append(1)
+        return tve_hf.exact_meta_attribution(*arguments)
+
+    monkeypatch.setattr(tve_hf.pretrain, "exact_meta_attribution", count)
+    trained = pretrain(PretrainArguments(**(settings | {"seed": 4, "cache_labels": cached})))
+    assert not (tmp_path / "run" / "labels.f16").exists()
+    labels = {}  # number of an image -> its kept and removed
     model = tve_hf.split_classifier(classifier)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     torch.manual_seed(4)
@@ -179,16 +189,29 @@ def test_draws_are_those_of_algorithm_1_by_hand(settings, classifier, tmp_path):
     for step in range(6):
         epoch, place = divmod(step, 3)
         order = torch.randperm(NUM_IMAGES, generator=torch.Generator().manual_seed(4 + epoch)).tolist()
-        chosen = [images[number] for number in order[2 * place : 2 * place + 2]]
+        numbers = order[2 * place : 2 * place + 2]
+        chosen = [images[number] for number in numbers]
         pixel_values = model.image_processor(chosen, return_tensors="pt")["pixel_values"]
-        generator = torch.Generator().manual_seed(4 * 6 + step)
-        for row, flipped in enumerate(torch.rand(2, generator=generator) < 0.5):
+        if cached:  # an image has its own seed, in every epoch
+            generators = [torch.Generator().manual_seed(4 * NUM_IMAGES + number) for number in numbers]
+            flips = torch.cat([torch.rand(1, generator=generator) for generator in generators]) < 0.5
+            drawn = torch.cat([torch.rand(1, GRID * GRID, generator=generator) for generator in generators])
+        else:
+            generator = torch.Generator().manual_seed(4 * 6 + step)
+            flips = torch.rand(2, generator=generator) < 0.5
+            drawn = torch.rand(2, GRID * GRID, generator=generator)
+        for row, flipped in enumerate(flips):
             if flipped:
                 pixel_values[row] = pixel_values[row].flip(-1)
-        patch_idx = torch.rand(2, GRID * GRID, generator=generator).argsort(1)[:, :3]
+        patch_idx = drawn.argsort(1)[:, :3]
         with torch.no_grad():
             seen = model(pixel_values)
-        kept, removed = tve_hf.exact_meta_attribution(model, pixel_values, GRID, HOPS, patch_idx)
+        if not (cached and labels.keys() >= set(numbers)):
+            kept, removed = tve_hf.exact_meta_attribution(model, pixel_values, GRID, HOPS, patch_idx)
+            calls.pop()
+        if cached:
+            labels = {number: (kept[row].half(), removed[row].half()) for row, number in enumerate(numbers)} | labels
+            kept, removed = (torch.stack(found) for found in zip(*map(labels.get, numbers), strict=True))
         inputs = {"features": seen.features, "embeddings": seen.embeddings, "patch_idx": patch_idx}
         explainer(pixel_values, **inputs, kept_labels=kept, removed_labels=removed).loss.backward()
         torch.nn.utils.clip_grad_norm_(explainer.parameters(), 1.0)
@@ -196,6 +219,8 @@ def test_draws_are_those_of_algorithm_1_by_hand(settings, classifier, tmp_path):
         schedule.step()
         optimizer.zero_grad()
     assert all(torch.equal(weight, explainer.state_dict()[name]) for name, weight in trained.state_dict().items())
+    assert calls == []  # as many times as here, with a cache hardly after the first epoch
+    assert not cached or len(labels) == NUM_IMAGES
 
 
 def test_checkpoints_hold_no_weight_of_the_backbone(settings, tmp_path):
@@ -216,8 +241,10 @@ def on_two_processes(settings, folder):
 
 
 @pytest.mark.slow
-def test_processes_and_accumulation_do_not_change_the_result(settings, broken_parquet, tmp_path):
+@pytest.mark.parametrize("cached", [False, True])
+def test_processes_and_accumulation_do_not_change_the_result(settings, broken_parquet, tmp_path, cached):
     """Also where one process has fewer readable images than the other: every image weighs the same."""
+    settings |= {"cache_labels": cached}
     settings |= {"train_files": [str(broken_parquet)], "max_bad_images": 0.5, "num_epochs": 3, "save_steps": 3}
     settings.pop("output_dir")
     whole = pretrain(PretrainArguments(**(settings | {"batch_size": 4}), output_dir=str(tmp_path / "whole")))
@@ -227,7 +254,7 @@ def test_processes_and_accumulation_do_not_change_the_result(settings, broken_pa
         "two processes": {"batch_size": 2},
         "both": {"batch_size": 1, "gradient_accumulation_steps": 2},
     }
-    for name, sizes in found.items():
+    for name, sizes in list(found.items())[2 * cached :]:
         folder = tmp_path / name
         if name == "accumulated":
             pretrain(PretrainArguments(**(settings | sizes), output_dir=str(folder)))
@@ -351,6 +378,31 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(whole, tmp_path, mon
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == file
     assert not list((tmp_path / "run").glob("*.partial*"))
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_killed_while_it_keeps_labels_it_ends_with_the_same_weights(whole, tmp_path):
+    """The 2nd row is written before any checkpoint, the 6th in the last step of the first epoch, the 7th after it."""
+    settings = whole[0] | {"cache_labels": True}
+    weights = pretrain(PretrainArguments(**settings, output_dir=str(tmp_path / "whole"))).state_dict()
+    write = os.pwrite
+
+    def die_halfway(file, row, place):
+        write(file, row[: len(row) // 2], place)
+        die()
+
+    for number in (2, 6, 7):
+        AcceleratorState._reset_state(True)
+        run = PretrainArguments(**settings, output_dir=str(tmp_path / f"{number}"))
+
+        def killed(run=run, number=number):
+            os.pwrite = at_call(number, die_halfway, write)
+            pretrain(run)
+
+        assert in_a_fork(killed) == -signal.SIGKILL
+        assert (tmp_path / f"{number}" / "labels.f16").stat().st_size > 0
+        torch.manual_seed(99)
+        resumed = pretrain(run).state_dict()
+        assert all(torch.equal(weights[name], resumed[name]) for name in weights), number
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -532,6 +584,8 @@ def test_grid_that_does_not_divide_the_image_ends_in_one_sentence(settings, caps
         ({"validation_split": "test"}, "pass validation_files beside train_files"),
         ({"save_steps": 0}, "save_steps is 0, it must be at least 1"),
         ({"max_bad_images": 2.0}, "a share between 0 and 1"),
+        ({"cache_labels": True, "streaming": True}, "images that stay as they are; leave it or streaming out"),
+        ({"cache_labels": True, "random_resized_crop": True}, "leave it or random_resized_crop out"),
         ({"report_to": ["clipboard"]}, "Unknown tracker 'clipboard'.*tensorboard"),
         ({"report_to": ["dvclive"]}, "'dvclive' in report_to is not installed; run `pip install dvclive`"),
     ],

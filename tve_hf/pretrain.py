@@ -5,6 +5,7 @@ import signal
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .classifiers import split_classifier
 from .files import write_whole
 from .held_out import HeldOut
 from .hub import publish, writable
+from .label_cache import LabelCache
 from .model_card import render_card
 from .modeling_tve import TVEExplainer
 from .patches import sample_patches
@@ -40,12 +42,13 @@ LABEL_IMAGES = 64  # of the training set, to measure the variances of --normaliz
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def draw(args: PretrainArguments, step: int, steps: int, images: int, num_patches: int) -> tuple[Tensor, Tensor]:
+def draw(args: PretrainArguments, turn: int, turns: int, images: int, num_patches: int) -> tuple[Tensor, Tensor]:
     """Draw which images of a whole step are mirrored, (images,) bool, and their patches, (images, k).
 
-    Seeded by the step alone, so that neither resuming nor the number of processes changes what is drawn.
+    Seeded by the step alone, so that neither resuming nor the number of processes changes what is drawn; or by an
+    image's number instead, so that no epoch does.
     """
-    generator = torch.Generator().manual_seed(args.seed * steps + step)
+    generator = torch.Generator().manual_seed(args.seed * turns + turn)
     mirrored = torch.zeros(images, dtype=torch.bool)
     if args.flip:
         mirrored = torch.rand(images, generator=generator) < 0.5
@@ -122,23 +125,32 @@ class _Run:
                 epoch, number = saved["positions"][self.rank]
                 self.position = epoch, number
             self.accelerator.print(f"Resumed from step {self.done}.")
+        self.labels: LabelCache | None = None
+        if self.args.cache_labels:
+            sizes = self.images.number or 0, self.args.patches_per_image, self.config.embedding_dim
+            with self.accelerator.local_main_process_first():
+                # Without a checkpoint nothing says that what is there is of these settings and images.
+                anew = saved is None and self.accelerator.is_local_main_process
+                self.labels = LabelCache(self.output_dir, *sizes, anew)
+            self.accelerator.print(f"Exact labels take up to {self.labels.bytes / 1e9:.3g} GB of {self.output_dir}.")
 
-    def loss(self, pixel_values: Tensor, mirrored: Tensor, patch_idx: Tensor) -> Any:
-        """Eq. 8 on images (B, 3, H, W), mirrored where (B,) says so, and their patches, (B, k)."""
+    def loss(self, pixel_values: Tensor, mirrored: Tensor, patch_idx: Tensor, numbers: list[int]) -> Any:
+        """Eq. 8 on images (B, 3, H, W) of these numbers, mirrored where (B,) says so, and their patches, (B, k)."""
         device, config = self.teacher.device, self.config
         pixel_values, patch_idx = pixel_values.to(device, non_blocking=True), patch_idx.to(device)
         pixel_values = torch.where(mirrored.view(-1, 1, 1, 1).to(device), pixel_values.flip(-1), pixel_values)
         with torch.no_grad():
             images = pixel_values.to(self.teacher.dtype)
             seen = self.teacher.backbone(images)
-            kept, removed = exact_meta_attribution(self.teacher, images, config.grid_size, config.hops, patch_idx)
+            exact = partial(exact_meta_attribution, self.teacher, images, config.grid_size, config.hops, patch_idx)
+            kept, removed = self.labels.labels(numbers, exact) if self.labels and numbers else exact()
         return self.model(
             pixel_values=pixel_values,
             features=seen.features,
             embeddings=seen.embeddings,
             patch_idx=patch_idx,
-            kept_labels=kept,
-            removed_labels=removed,
+            kept_labels=kept.to(device),
+            removed_labels=removed.to(device),
             label_weights=self.label_weights,
         )
 
@@ -150,17 +162,22 @@ class _Run:
             good: how many images all processes together could read for this step.
         """
         args, accelerator = self.args, self.accelerator
-        mirrored, patch_idx = draw(args, self.done, self.steps, self.per_step, self.config.num_patches)
+        num_patches = self.config.num_patches
+        drawn = draw(args, self.done, self.steps, self.per_step, num_patches)
         losses = torch.zeros(2)
         for number, batch in enumerate(batches):
             rows = (number * self.world + self.rank) * args.batch_size + batch.places
             pixel_values = batch.pixel_values
             if pixel_values is None:  # the other processes wait for this one's gradients, so an empty image
                 rows, pixel_values = torch.zeros(1, dtype=torch.int64), torch.zeros_like(self.classifier.probe()[:1])
+            mirrored, patch_idx = (values[rows] for values in drawn)
+            if self.labels and batch.numbers:
+                own = [draw(args, image, self.labels.images, 1, num_patches) for image in batch.numbers]
+                mirrored, patch_idx = (torch.cat(values) for values in zip(*own, strict=True))
             # Every image of the step counts the same, whoever has it and however many could be read.
             weight = len(batch.places) * self.world / good
             with accelerator.accumulate(self.model):
-                output = self.loss(pixel_values, mirrored[rows], patch_idx[rows])
+                output = self.loss(pixel_values, mirrored, patch_idx, batch.numbers)
                 accelerator.backward(output.loss * (weight * len(batches)))
             losses += weight * torch.stack([output.kept_loss, output.removed_loss]).detach().float().cpu()
         if not losses.isfinite().all():
@@ -229,6 +246,8 @@ class _Run:
         """Write the explainer and what belongs to it; upload it if that was asked for."""
         weights = self.accelerator.get_state_dict(self.model)
         explainer = self.accelerator.unwrap_model(self.model).eval()
+        if self.labels and self.accelerator.is_local_main_process:
+            self.labels.path.unlink(missing_ok=True)
         if self.accelerator.is_main_process:
             unfinished = self.output_dir / f"explainer{UNFINISHED}"
             with writing("The explainer", self.output_dir, unfinished):

@@ -72,6 +72,7 @@ class PretrainArguments:
     gradient_accumulation_steps: int = _field(1, "Forward passes per step.")
     num_epochs: int = _field(2, "Passes over the images.")
     max_steps: int = _field(0, "Steps, instead of epochs; needed where the number of images is unknown.")
+    cache_labels: bool = _field(False, "Keep each image's patches and flip, and their exact labels on disk.")
     normalize_labels: bool = _field(False, "Divide the squared error of each dimension by its variance.")
     learning_rate: float = _field(1e-3, "Peak learning rate.")
     weight_decay: float = _field(0.05, "Of the weights with two dimensions or more.")
@@ -124,6 +125,9 @@ def check(args: PretrainArguments) -> None:
         raise ValueError("num_epochs and max_steps are both 0; pass one of them.")
     if not 0 <= args.max_bad_images <= 1:
         raise ValueError(f"max_bad_images is {args.max_bad_images}, a share between 0 and 1 is needed.")
+    for name in ("streaming", "random_resized_crop"):
+        if args.cache_labels and getattr(args, name):
+            raise ValueError(f"cache_labels keeps labels of images that stay as they are; leave it or {name} out.")
     if args.grid_size is not None:
         check_patches(args.patches_per_image, as_pair(args.grid_size))
     installed = [str(tracker) for tracker in get_available_trackers()]

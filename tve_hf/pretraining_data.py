@@ -38,12 +38,14 @@ class Batch(NamedTuple):
     Args:
         pixel_values: of those that could be read, (n, 3, H, W); None if there are none.
         places: of these among all that were asked for, (n,) int64.
+        numbers: of these, as `Key` has them.
         bad: the others, name -> reason.
         position: epoch and number of the image that comes next.
     """
 
     pixel_values: Tensor | None
     places: Tensor
+    numbers: list[int]
     bad: dict[str, str]
     position: tuple[int, int]
 
@@ -76,7 +78,8 @@ class Decoder(TorchDataset):
             places.append(place)
         pixel_values = self.processor(found, return_tensors="pt")["pixel_values"] if found else None
         position = keys[-1].epoch, keys[-1].number + 1
-        return Batch(pixel_values, torch.tensor(places, dtype=torch.int64), bad, position)
+        numbers = [keys[place].number for place in places]
+        return Batch(pixel_values, torch.tensor(places, dtype=torch.int64), numbers, bad, position)
 
 
 class Order:
