@@ -86,7 +86,7 @@ def typed(tmp_path) -> Callable[[str], list[list[str]]]:
     """Let bash read a block in the current folder, and return its commands, expanded; variables live on."""
     recorders, record, variables = (tmp_path / name for name in ("recorders", "record", "variables"))
     recorders.mkdir()
-    for name in ("accelerate", "git", "make", "pip", "python", "scontrol", "srun", "tve-hf"):
+    for name in ("accelerate", "bash", "git", "make", "pip", "python", "sbatch", "scontrol", "srun", "tve-hf"):
         (recorders / name).write_text(RECORDER)
         (recorders / name).chmod(0o755)
     environment = SLURM | {"PATH": f"{recorders}:/usr/bin:/bin", "RECORD": str(record)}
@@ -147,15 +147,30 @@ def accelerate(command: str, *arguments: str) -> None:
         parse_only(args.training_script, args.training_script_args)
 
 
+def bash(script: str, *arguments: str) -> None:
+    """Its syntax is right, and it is given as many arguments as its head says."""
+    subprocess.run(["/bin/bash", "-n", str(ROOT / script)], check=True)
+    (usage,) = re.findall(rf"^#   {re.escape(script)}(.*)", (ROOT / script).read_text(), flags=re.MULTILINE)
+    assert len(arguments) == len(usage.split())
+
+
+def sbatch(*arguments: str) -> None:
+    script = next(argument for argument in arguments if argument.endswith(".sh"))
+    subprocess.run(["/bin/bash", "-n", str(ROOT / script)], check=True)
+    parse_only("examples/pretrain.py", [*arguments[arguments.index(script) + 1 :]])
+
+
 def tve_hf(*arguments: str) -> None:
     assert main([*arguments]) == 0, arguments
 
 
 HANDLERS: dict[str, Callable[..., None]] = {
     "accelerate": accelerate,
+    "bash": bash,
     "git": git,
     "make": make,
     "python": python,
+    "sbatch": sbatch,
     "tve-hf": tve_hf,
 }
 

@@ -82,16 +82,16 @@ def explain(
             no image, `class_idx` does not name a class for each, or pixels or scores are not finite.
     """
     method = load(name)
-    if len(pixel_values) == 0:
-        raise ValueError("pixel_values holds no image; pass a batch of at least one.")
-    if not torch.isfinite(pixel_values).all():
-        raise ValueError("pixel_values hold NaN or infinity, so there is nothing to explain.")
-    classifier.check_classes(class_idx, len(pixel_values))
     parameters = signature(method).parameters
     unknown = [option for option in options if option not in parameters]
     if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
         known = ", ".join(list(parameters)[4:]) or "none"
         raise ValueError(f"{name} takes no {unknown[0]}, its options are: {known}; 'exact' serves any classifier.")
+    if len(pixel_values) == 0:
+        raise ValueError("pixel_values holds no image; pass a batch of at least one.")
+    if not torch.isfinite(pixel_values).all():
+        raise ValueError("pixel_values hold NaN or infinity, so there is nothing to explain.")
+    classifier.check_classes(class_idx, len(pixel_values))
     explainer = options.get("explainer", options.get("shapley_explainer"))
     if grid_size is None and explainer is not None:
         grid_size = explainer.config.grid_shape
