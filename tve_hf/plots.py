@@ -54,8 +54,8 @@ def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
 def fidelity_against_cost(report: dict[str, Any], path: Path) -> None:
     """Fidelity+ AUC - Fidelity- AUC against passes of the classifier for each image, with the Pareto front."""
     removals = report["summary"]["fidelity"]
-    figure = Figure(figsize=(6 * len(removals), 4.2))
-    axes = figure.subplots(1, len(removals), squeeze=False, sharey=True)[0]
+    figure = Figure(figsize=(6 * len(removals), 5))
+    axes = figure.subplots(1, len(removals), squeeze=False)[0]
     axes[0].set_ylabel("Fidelity+ AUC − Fidelity− AUC")
     for axis, (removal, rows) in zip(axes, removals.items(), strict=True):
         # A backward pass costs about two forward ones; a method without any is drawn at a tenth of one.
@@ -66,10 +66,11 @@ def fidelity_against_cost(report: dict[str, Any], path: Path) -> None:
         front = pareto_front(points)
         axis.plot(*zip(*(points[spec] for spec in front), strict=True), color="0.7", zorder=1)
         middle = max(x for x, _ in points.values()) ** 0.5  # of the axis, which begins about 1
+        span = max(y for _, y in points.values()) - min(y for _, y in points.values())
         for index, (spec, (x, y)) in enumerate(points.items()):
             axis.scatter([x], [y], color=_style(index, spec)["color"], zorder=3, s=28)
             # To the side where there is room; the lower of two that nearly coincide has its name below.
-            higher = any(1 / 1.5 < x / a < 1.5 and 0 < b - y < 0.03 for a, b in points.values())
+            higher = any(1 / 1.5 < x / a < 1.5 and 0 < b - y < span / 30 for a, b in points.values())
             side, offset = ("right", -5) if x > middle else ("left", 5)
             place = {"xytext": (offset, -9 if higher else 4), "ha": side}
             axis.annotate(spec, (x, y), textcoords="offset points", fontsize=8, **place)
