@@ -11,6 +11,7 @@ Noise takes the place of images where no files are given: the cost is the same.
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -78,7 +79,9 @@ def main() -> None:
         scores = torch.randn(len(pixel_values), *grid, generator=generator).to(device)
         class_idx = classifier(pixel_values).logits.argmax(-1)
         chunk_size = classifier.images_per_pass(pixel_values, args.chunk_size)
-        per_pass = max(1, chunk_size // passes_per_image) * min(passes_per_image, chunk_size)
+        # As many images in each bare pass as `embed_masked` takes: whole images, or even parts of one.
+        parts = math.ceil(passes_per_image / chunk_size)
+        per_pass = max(1, chunk_size // passes_per_image) * math.ceil(passes_per_image / parts)
         # Of all sizes, as on the curves.
         share = torch.linspace(0, 1, passes_per_image).view(1, -1, 1)
         keep = torch.rand(len(pixel_values), passes_per_image, grid[0] * grid[1], generator=generator) < share

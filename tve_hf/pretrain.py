@@ -263,8 +263,9 @@ class _Run:
                 unfinished.rmdir()
                 card = render_card(self.output_dir, [], self.repo_id or None)
                 write_whole(self.output_dir / "README.md", card.save)
-            if self.args.push_to_hub:
-                publish(self.output_dir, self.repo_id, self.args.hub_private_repo)
+        self.accelerator.wait_for_everyone()  # a process that ends before the others may take them down
+        if self.accelerator.is_main_process and self.args.push_to_hub:
+            publish(self.output_dir, self.repo_id, self.args.hub_private_repo)
         self.accelerator.end_training()
         return explainer
 
