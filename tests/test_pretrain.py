@@ -17,7 +17,7 @@ from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import GRID, HOPS, SIDE, noise_image, save_classifier
+from tiny import GRID, HOPS, RUN, SIDE, noise_image, save_classifier
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -62,17 +62,7 @@ def settings(classifier, parquet, tmp_path):
         "classifier": str(classifier),
         "train_files": [str(parquet)],
         "output_dir": str(tmp_path / "run"),
-        "grid_size": GRID,
-        "hops": HOPS,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "patches_per_image": 3,
-        "batch_size": 2,
-        "learning_rate": 1e-2,
-        "mixed_precision": "no",
-        "save_steps": 2,
-    }
+    } | RUN
 
 
 @pytest.mark.parametrize(("normalized", "cached"), [(False, False), (True, False), (False, True)])

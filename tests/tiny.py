@@ -89,6 +89,21 @@ def save_pair(folder: Path, **classifier_settings) -> tuple[Path, Path]:
     return classifier, folder / "explainer"
 
 
+# Settings of a short pre-training run.
+RUN: dict[str, Any] = {
+    "grid_size": GRID,
+    "hops": HOPS,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "patches_per_image": 3,
+    "batch_size": 2,
+    "learning_rate": 1e-2,
+    "mixed_precision": "no",
+    "save_steps": 2,
+}
+
+
 def save_run(folder: Path, number: int = 8) -> dict[str, Any]:
     """Save a tiny classifier and a parquet file of images; return settings of a pre-training run on them."""
     import datasets
@@ -99,17 +114,7 @@ def save_run(folder: Path, number: int = 8) -> dict[str, Any]:
     return {
         "classifier": str(save_classifier(folder / "classifier")),
         "train_files": [str(folder / "noise.parquet")],
-        "grid_size": GRID,
-        "hops": HOPS,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "patches_per_image": 3,
-        "batch_size": 2,
-        "learning_rate": 1e-2,
-        "mixed_precision": "no",
-        "save_steps": 2,
-    }
+    } | RUN
 
 
 def noise_image(seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
