@@ -114,9 +114,8 @@ class Student:
     def predict(self, inputs: dict[str, Any], patch_idx: Tensor) -> Pair:
         half = HALF.get(self.args.mixed_precision)
         with torch.autocast("cpu", half, enabled=half is not None):
-            found = self.explainer(**inputs)
-        index = patch_idx[..., None].expand(-1, -1, found.kept.shape[-1])
-        return found.kept.gather(1, index).float(), found.removed.gather(1, index).float()
+            found = self.explainer(**inputs, patch_idx=patch_idx)
+        return found.kept.float(), found.removed.float()
 
 
 @torch.no_grad()

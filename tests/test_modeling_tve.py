@@ -57,19 +57,31 @@ def test_loss_is_equation_8_written_as_a_loop(config) -> None:
     patch_idx = torch.tensor([[0, 3, config.num_patches - 1], [2, 2, 7]])
     kept_labels, removed_labels = torch.randn(2, BATCH, 3, DIM, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
+        every = explainer(**inputs)
         out = explainer(**inputs, patch_idx=patch_idx, kept_labels=kept_labels, removed_labels=removed_labels)
     kept_loss = removed_loss = 0.0
     for image in range(BATCH):
         for sample in range(3):
             patch = int(patch_idx[image, sample])
             for d in range(DIM):
-                kept_loss += float(out.kept[image, patch, d] - kept_labels[image, sample, d]) ** 2 / (BATCH * 3)
-                removed_loss += float(out.removed[image, patch, d] - removed_labels[image, sample, d]) ** 2 / (
+                kept_loss += float(every.kept[image, patch, d] - kept_labels[image, sample, d]) ** 2 / (BATCH * 3)
+                removed_loss += float(every.removed[image, patch, d] - removed_labels[image, sample, d]) ** 2 / (
                     BATCH * 3
                 )
     assert out.kept_loss.item() == pytest.approx(kept_loss, rel=1e-5)
     assert out.removed_loss.item() == pytest.approx(removed_loss, rel=1e-5)
     assert out.loss.item() == pytest.approx(kept_loss + removed_loss, rel=1e-5)
+
+
+def test_the_patches_asked_for_are_predicted_as_among_all(config) -> None:
+    explainer, inputs = build(config), inputs_for(config)
+    patch_idx = torch.tensor([[0, 3, config.num_patches - 1], [2, 2, 7]])
+    with torch.no_grad():
+        every, some = explainer(**inputs), explainer(**inputs, patch_idx=patch_idx)
+    assert some.loss is None
+    for name in ("kept", "removed"):
+        expected = torch.stack([every[name][image, patches] for image, patches in enumerate(patch_idx)])
+        torch.testing.assert_close(some[name], expected)
 
 
 def test_labels_without_indices_are_of_all_patches(config) -> None:

@@ -109,7 +109,7 @@ def test_without_feature_maps_it_reads_pixels_and_embedding() -> None:
         ),
         ({"features": (torch.zeros(BATCH, 4, 2, 2), torch.zeros(BATCH, 6, 4))}, r"features\[1\]"),
         ({"kept_labels": torch.zeros(BATCH, 15, DIM)}, "both needed"),
-        ({"patch_idx": torch.zeros(BATCH, 1, dtype=torch.int64)}, "both needed"),
+        ({"removed_labels": torch.zeros(BATCH, 15, DIM)}, "both needed"),
         (
             {"kept_labels": torch.zeros(BATCH, 1, DIM), "removed_labels": torch.zeros(BATCH, 1, DIM)},
             r"\(2, 1, 7\), expected \(2, 15, 7\)",

@@ -33,8 +33,9 @@ class TVEExplainerOutput(ModelOutput):
         loss: Eq. 8, scalar, float32, in squared units of the embedding; only when labels are given.
         kept_loss: its first term, the mean squared distance of kept from its labels.
         removed_loss: its second term, the same for removed.
-        kept: predicted embedding with only the neighbourhood of each patch visible, (B, N, D).
-        removed: predicted embedding with only the neighbourhood of each patch hidden, (B, N, D).
+        kept: predicted embedding with only the neighbourhood of each patch visible, (B, N, D), or (B, k, D) of the
+            patches asked for.
+        removed: predicted embedding with only the neighbourhood of each patch hidden, likewise.
     """
 
     loss: torch.Tensor | None = None
@@ -151,7 +152,7 @@ class TVEExplainer(TVEPreTrainedModel):
         removed_labels: torch.Tensor | None = None,
         label_weights: torch.Tensor | None = None,
     ) -> TVEExplainerOutput:
-        """Predict kept and removed; with labels, also the pre-training loss (Eq. 8).
+        """Predict kept and removed, of all patches or of those asked for; with labels, also the loss (Eq. 8).
 
         L = mean over images and sampled patches z of ||kept_z - kept_labels_z||^2 + ||removed_z - removed_labels_z||^2
 
@@ -160,7 +161,7 @@ class TVEExplainer(TVEPreTrainedModel):
             features: feature maps of the backbone, (B, C_i, h_i, w_i), in the order of `config.feature_names`. Like
                 `embeddings`, needed by the `"backbone"` trunk and ignored by the other.
             embeddings: G(x), (B, D).
-            patch_idx: row-major indices of the patches that the labels are of, int64, (B, k); None means all N.
+            patch_idx: row-major indices of the patches to predict, int64, (B, k); None means all N.
             kept_labels: exact G(N(z); x) of these patches, (B, k, D).
             removed_labels: exact G(Z \\ N(z); x) of these patches, (B, k, D).
             label_weights: of the squares in each dimension of kept and of removed, (2, D); 1 by default.
@@ -169,25 +170,23 @@ class TVEExplainer(TVEPreTrainedModel):
             ValueError: an input that the trunk needs is missing or has the wrong shape, or labels are incomplete.
         """
         pixel_values = self._check_pixel_values(pixel_values)
-        kept, removed = self.trunk(pixel_values, features, embeddings)  # (B, N, D) each
-        if kept_labels is None and removed_labels is None and patch_idx is None:
+        kept, removed = self.trunk(pixel_values, features, embeddings, patch_idx)  # (B, k, D) each
+        if kept_labels is None and removed_labels is None:
             return TVEExplainerOutput(kept=kept, removed=removed)
         if kept_labels is None or removed_labels is None:
             raise ValueError("kept_labels and removed_labels are both needed for the loss, pass both or no labels.")
         of_kept, of_removed = (None, None) if label_weights is None else label_weights
-        kept_loss = _mean_squared_distance(kept, kept_labels, patch_idx, of_kept)
-        removed_loss = _mean_squared_distance(removed, removed_labels, patch_idx, of_removed)
+        kept_loss = _mean_squared_distance(kept, kept_labels, of_kept)
+        removed_loss = _mean_squared_distance(removed, removed_labels, of_removed)
         return TVEExplainerOutput(
             loss=kept_loss + removed_loss, kept_loss=kept_loss, removed_loss=removed_loss, kept=kept, removed=removed
         )
 
 
 def _mean_squared_distance(
-    predicted: torch.Tensor, labels: torch.Tensor, patch_idx: torch.Tensor | None, weights: torch.Tensor | None
+    predicted: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the mean over (B, k) of the squared distance, weighted (D,), of predicted[:, patch_idx] and labels."""
-    if patch_idx is not None:
-        predicted = predicted.gather(1, patch_idx[..., None].expand(-1, -1, predicted.shape[-1]))  # (B, k, D)
+    """Return the mean over (B, k) of the squared distance, weighted (D,), of predicted and labels, (B, k, D)."""
     if predicted.shape != labels.shape:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}, expected {tuple(predicted.shape)}; "

@@ -124,9 +124,12 @@ class TVEBackboneTrunk(TVEBackboneReader):
         pixel_values: torch.Tensor,
         features: tuple[torch.Tensor, ...] | None,
         embeddings: torch.Tensor | None,
+        patch_idx: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return kept and removed, (B, N, D), in the precision of `embeddings` or better."""
+        """Return kept and removed of the patches (B, k), (B, k, D), in the precision of `embeddings` or better."""
         hidden, embeddings = self.read(pixel_values, features, embeddings)
-        kept_change, removed_change = self.differences(hidden).chunk(2, dim=-1)  # 2 x (B, N, D)
+        if patch_idx is not None:  # before the head, the widest layer: in training few patches of many have labels
+            hidden = hidden.take_along_dim(patch_idx[..., None], dim=1)  # (B, k, hidden)
+        kept_change, removed_change = self.differences(hidden).chunk(2, dim=-1)  # 2 x (B, k, D)
         # Added to the embeddings as given: rounding them to bfloat16 weights would cost more than the differences.
         return self.empty_embedding.to(embeddings.dtype) + kept_change, embeddings[:, None] + removed_change

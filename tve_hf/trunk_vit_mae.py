@@ -150,10 +150,16 @@ class TVEMAETrunk(nn.Module):
         pixel_values: torch.Tensor,
         features: tuple[torch.Tensor, ...] | None,
         embeddings: torch.Tensor | None,
+        patch_idx: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return kept and removed, (B, N, D); only the pixels are read."""
+        """Return kept and removed of the patches (B, k), (B, k, D); only the pixels are read."""
         hidden = [autoencoder(pixel_values) for autoencoder in self.autoencoders]  # 1 or 2 x (B, 1 + N, width)
-        return self.kept_head(hidden[0]), self.removed_head(hidden[-1])
+        kept, removed = self.kept_head(hidden[0]), self.removed_head(hidden[-1])  # 2 x (B, N, D)
+        if patch_idx is None:
+            return kept, removed
+        # The heads mix the patches, so all of them are needed up to here.
+        index = patch_idx[..., None]
+        return kept.take_along_dim(index, dim=1), removed.take_along_dim(index, dim=1)
 
 
 def sincos_positions(like: torch.Tensor) -> torch.Tensor:

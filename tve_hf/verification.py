@@ -117,8 +117,8 @@ def verify(
     generator = generator or torch.Generator().manual_seed(0)
     patch_idx = sample_patches(len(pixel_values), rows * columns, n, generator).to(pixel_values.device)
     exact = exact_meta_attribution(classifier, pixel_values, grid_size, hops, patch_idx, **inputs)
-    index = patch_idx.unsqueeze(-1).expand(-1, -1, kept.shape[-1])
-    predicted = kept.gather(1, index), removed.gather(1, index)
+    index = patch_idx.unsqueeze(-1)
+    predicted = kept.take_along_dim(index, dim=1), removed.take_along_dim(index, dim=1)
     scores, exact_scores = (
         apply_rule(pointwise, *pair, classifier, class_idx.unsqueeze(1)) for pair in (predicted, exact)
     )
