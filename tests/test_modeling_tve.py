@@ -73,7 +73,9 @@ def test_loss_is_equation_8_written_as_a_loop(config) -> None:
     assert out.loss.item() == pytest.approx(kept_loss + removed_loss, rel=1e-5)
 
 
-def test_the_patches_asked_for_are_predicted_as_among_all(config) -> None:
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_the_patches_asked_for_are_predicted_as_among_all(config, layers) -> None:
+    config.num_hidden_layers = layers
     explainer, inputs = build(config), inputs_for(config)
     patch_idx = torch.tensor([[0, 3, config.num_patches - 1], [2, 2, 7]])
     with torch.no_grad():

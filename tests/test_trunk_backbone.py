@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.models.vit.modeling_vit import ViTLayer
 from trunks import BATCH, COLS, DIM, ROWS, backbone_config, build, inputs_for
 
 from tve_hf.modeling_tve import TVEExplainer
@@ -42,6 +43,12 @@ def test_differences_are_added_in_the_precision_of_the_embeddings() -> None:
     out = explainer(**inputs)
     assert torch.equal(out.removed, inputs["embeddings"][:, None].expand_as(out.removed))
     assert out.kept.dtype == out.removed.dtype == torch.float32
+
+
+def test_layers_are_those_of_vit() -> None:
+    layer = build(backbone_config()).trunk.layers[0]
+    hidden = torch.randn(BATCH, 15, layer.layernorm_before.normalized_shape[0])
+    torch.testing.assert_close(layer(hidden), ViTLayer.forward(layer, hidden))
 
 
 @pytest.mark.parametrize(("row", "col"), [(0, 0), (0, 4), (2, 0), (1, 3)])

@@ -58,7 +58,7 @@ class TVEPreTrainedModel(PreTrainedModel):
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["ViTLayer", "ViTMAELayer", "ViTMAEEmbeddings", "TVEMixerLayer"]
+    _no_split_modules = ["TVELayer", "ViTMAELayer", "ViTMAEEmbeddings", "TVEMixerLayer"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:

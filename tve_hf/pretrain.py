@@ -15,6 +15,7 @@ from accelerate.utils import gather_object, set_seed
 from huggingface_hub import HfApi
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .attribution import exact_meta_attribution
@@ -97,6 +98,11 @@ class _Run:
     def _prepare(self, explainer: TVEExplainer) -> None:
         """Hand explainer, optimizer and schedule to Accelerate."""
         args, accelerator = self.args, self.accelerator
+        if accelerator.device.type == "cpu" and accelerator.mixed_precision in HALF:
+            # On CPUs torch's fused attention in half precision is slower than its parts, backwards by far.
+            for model in (explainer, self.teacher.backbone.model):
+                if isinstance(model, PreTrainedModel):
+                    model.set_attn_implementation("eager")
         if args.torch_compile:
             explainer.compile()
         optimizer, schedule = build_optimizer(args, explainer, self.steps, self.world)

@@ -33,6 +33,20 @@ class TVEDifferenceHead(nn.Linear):
     """Linear layer that starts at zero; a class of its own so that `_init_weights` can tell it from the others."""
 
 
+class TVELayer(ViTLayer):
+    """A transformer layer that looks at all patches and returns those asked for.
+
+    In training few of many have labels, and what follows the attention is most of a layer.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, patch_idx: torch.Tensor | None = None) -> torch.Tensor:
+        """Return hidden states of the patches (B, k), (B, k, hidden), from those of all, (B, N, hidden)."""
+        hidden = hidden_states + self.attention(self.layernorm_before(hidden_states))[0]
+        if patch_idx is not None:
+            hidden = hidden.take_along_dim(patch_idx[..., None], dim=1)
+        return hidden + self.mlp(self.layernorm_after(hidden))
+
+
 class TVEBackboneReader(nn.Module):
     """Read what the backbone has computed already: a few transformer layers on its pixels, features and embedding."""
 
@@ -53,7 +67,7 @@ class TVEBackboneReader(nn.Module):
             hidden_act=config.hidden_act,
             layer_norm_eps=eps,
         )
-        layers = [ViTLayer(vit_config) for _ in range(config.num_hidden_layers)]
+        layers = [TVELayer(vit_config) for _ in range(config.num_hidden_layers)]
         # `set_attn_implementation` does not reach the config made above, so the layers follow the explainer's.
         for layer in layers:
             layer.attention.config = config
@@ -65,8 +79,9 @@ class TVEBackboneReader(nn.Module):
         pixel_values: torch.Tensor,
         features: tuple[torch.Tensor, ...] | None,
         embeddings: torch.Tensor | None,
+        patch_idx: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return hidden states of the patches, (B, N, hidden), and the embeddings as they were given, (B, D)."""
+        """Return hidden states of the patches (B, k), (B, k, hidden), and the embeddings as given, (B, D)."""
         features, embeddings = self._check_backbone_outputs(features, embeddings)
         # The backbone may run in another precision than the explainer, and so may the pixels.
         dtype = self.position_embeddings.dtype
@@ -75,8 +90,10 @@ class TVEBackboneReader(nn.Module):
         hidden = hidden + self.embedding_reader(embeddings.to(dtype))[:, None]
         for reader, feature_map in zip(self.feature_readers, features, strict=True):
             hidden = hidden + reader(feature_map.to(dtype))
-        for layer in self.layers:
-            hidden = layer(hidden)
+        for number, layer in enumerate(self.layers, 1):
+            hidden = layer(hidden, patch_idx if number == len(self.layers) else None)
+        if patch_idx is not None and not self.layers:
+            hidden = hidden.take_along_dim(patch_idx[..., None], dim=1)
         return self.norm(hidden), embeddings
 
     def _check_backbone_outputs(
@@ -127,9 +144,7 @@ class TVEBackboneTrunk(TVEBackboneReader):
         patch_idx: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return kept and removed of the patches (B, k), (B, k, D), in the precision of `embeddings` or better."""
-        hidden, embeddings = self.read(pixel_values, features, embeddings)
-        if patch_idx is not None:  # before the head, the widest layer: in training few patches of many have labels
-            hidden = hidden.take_along_dim(patch_idx[..., None], dim=1)  # (B, k, hidden)
+        hidden, embeddings = self.read(pixel_values, features, embeddings, patch_idx)
         kept_change, removed_change = self.differences(hidden).chunk(2, dim=-1)  # 2 x (B, k, D)
         # Added to the embeddings as given: rounding them to bfloat16 weights would cost more than the differences.
         return self.empty_embedding.to(embeddings.dtype) + kept_change, embeddings[:, None] + removed_change
