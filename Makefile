@@ -4,9 +4,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-TIMM_VENV ?= .venv-timm
+EXTRAS_VENV ?= .venv-extras
 
-.PHONY: install demo check test test-slow test-timm timm-table docs dist
+.PHONY: install demo check test test-slow test-extras timm-table docs dist
 
 install: $(VENV)/.installed
 
@@ -27,7 +27,7 @@ check: install
 	$(BIN)/zizmor --offline --quiet .github
 
 # A process for each core, each of one thread: many small tests, few large products.
-test test-timm timm-table: export OMP_NUM_THREADS = 1
+test test-extras timm-table: export OMP_NUM_THREADS = 1
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -35,20 +35,22 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
-# timm in an environment of its own, since it needs torchvision, which the package neither needs nor excludes. Its
-# Python parts are enough, so the build need not fit torch: see tests/torchvision_ops.py.
-$(TIMM_VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(TIMM_VENV)
-	$(TIMM_VENV)/bin/pip install --quiet torch==2.13.0
-	$(TIMM_VENV)/bin/pip install --quiet --editable '.[dev]'
-	$(TIMM_VENV)/bin/pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
+# timm and DeepSpeed in an environment of their own: the package neither needs nor excludes them. Of torchvision, which
+# timm asks for, the Python parts are enough, so the build need not fit torch: see tests/torchvision_ops.py.
+$(EXTRAS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(EXTRAS_VENV)
+	$(EXTRAS_VENV)/bin/pip install --quiet torch==2.13.0
+	$(EXTRAS_VENV)/bin/pip install --quiet --editable '.[dev]'
+	$(EXTRAS_VENV)/bin/pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
+	$(EXTRAS_VENV)/bin/pip install --quiet deepspeed==0.19.8
 	touch $@
 
-test-timm: $(TIMM_VENV)/.installed
-	$(TIMM_VENV)/bin/python -m pytest -n auto tests/test_timm.py tests/test_every_class.py -k timm
+test-extras: $(EXTRAS_VENV)/.installed
+	$(EXTRAS_VENV)/bin/python -m pytest -n auto tests/test_timm.py tests/test_every_class.py -k timm
+	$(EXTRAS_VENV)/bin/python -m pytest -m slow tests/test_pretrain_launch.py
 
-timm-table: $(TIMM_VENV)/.installed
-	$(TIMM_VENV)/bin/python tests/timm_families.py --output docs/timm.md
+timm-table: $(EXTRAS_VENV)/.installed
+	$(EXTRAS_VENV)/bin/python tests/timm_families.py --output docs/timm.md
 
 # Every code block of README, of the other documents and of the cards.
 docs: install

@@ -1,6 +1,7 @@
-"""What `test_pretrain_launch.py` launches: examples/pretrain.py on CPUs, stopped by SIGTERM in step 4 if STOP is set.
+"""What `test_pretrain_launch.py` launches: examples/pretrain.py on CPUs.
 
-Accelerate takes its ways for FSDP and DeepSpeed on GPUs only, so it is told that this is one; all else is real.
+If STOP names a signal, the launcher gets it in step 4, as from a scheduler. Accelerate takes its ways for FSDP and
+DeepSpeed on GPUs only, so it is told that a CPU is one; all else is real.
 """
 
 import os
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torchvision_ops as torchvision_ops  # before transformers, which imports torchvision where there is one
 from accelerate.state import DistributedType, PartialState
 
 from tve_hf import pretrain
@@ -23,8 +25,8 @@ sample_patches, calls = pretrain.sample_patches, []
 
 def stop_in_step_4(*arguments: Any) -> Any:
     calls.append(1)
-    if len(calls) == 4 and os.environ["RANK"] == "0":
-        os.kill(os.getppid(), signal.SIGTERM)  # the launcher, as a scheduler would
+    if len(calls) == 4 and os.environ.get("RANK", "0") == "0":
+        os.kill(os.getppid(), getattr(signal, os.environ["STOP"]))
         handler: Any = signal.getsignal(signal.SIGTERM)
         for _ in range(600):
             if handler.__self__.asked:

@@ -13,7 +13,7 @@ from tve_hf import split_classifier
 from tve_hf.images import seen_region
 from tve_hf.methods import grad_cam
 
-timm = pytest.importorskip("timm", reason="timm is not installed; `make test-timm` makes an environment that has it")
+timm = pytest.importorskip("timm", reason="timm is not installed; `make test-extras` makes an environment that has it")
 
 # Members whose heads differ from that of their family's smallest.
 UNUSUAL = {

@@ -32,7 +32,7 @@ from .pretraining_arguments import PretrainArguments, check
 from .pretraining_data import Batch, batches_of, steps_of
 from .pretraining_images import first_images, open_images
 from .pretraining_model import build_explainer, build_optimizer, config_for, label_weights, with_sizes_of_explainer
-from .processes import StopSignals, alone_in, join_processes, over_processes, telling_of_killed_workers
+from .processes import StopSignals, alone_in, join_processes, over_processes, part, telling_of_killed_workers
 from .strict_json import dumps
 
 logger = logging.get_logger(__name__)
@@ -244,7 +244,7 @@ class _Run:
         """Save and end, after a signal."""
         self.progress.sums = self.mean_losses()
         self.save()
-        self.accelerator.end_training()
+        part(self.accelerator)
         self.accelerator.print(f"Stopped by a signal; the same command goes on from step {self.done}.")
         raise SystemExit(128 + number)
 
@@ -269,10 +269,9 @@ class _Run:
                 unfinished.rmdir()
                 card = render_card(self.output_dir, [], self.repo_id or None)
                 write_whole(self.output_dir / "README.md", card.save)
-        self.accelerator.wait_for_everyone()  # a process that ends before the others may take them down
+        part(self.accelerator)
         if self.accelerator.is_main_process and self.args.push_to_hub:
             publish(self.output_dir, self.repo_id, self.args.hub_private_repo)
-        self.accelerator.end_training()
         return explainer
 
 

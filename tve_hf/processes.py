@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,10 @@ from .pretraining_arguments import PretrainArguments
 
 logger = logging.get_logger(__name__)
 
+LAUNCHED = {
+    "ACCELERATE_DYNAMO_BACKEND",
+    "TORCHELASTIC_RUN_ID",
+}  # set by Accelerate's launcher and by torchrun's
 WORKER_DIED = "DataLoader worker (pid"  # so begins what torch says of a worker that was killed
 
 
@@ -74,15 +79,36 @@ def alone_in(output_dir: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def part(accelerator: Accelerator) -> None:
+    """End trackers, and what the processes have in common, once all are here: one that leaves may take others down."""
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        # Gloo's threads drop what they have sent, and need Python's lock for that: a process that ends, or deletes its
+        # group, meanwhile aborts or hangs (pytorch/pytorch#179291).
+        time.sleep(1)
+    accelerator.end_training()
+
+
 class StopSignals:
-    """Remember SIGTERM and SIGUSR1, in a with-block, instead of dying of them: `asked` is the signal's number or 0."""
+    """Remember SIGTERM and SIGUSR1, in a with-block, instead of dying of them.
+
+    A launcher that such a signal or another ends without passing it on counts as SIGTERM: what it launched would go on
+    unseen.
+    """
 
     def __init__(self) -> None:
-        self.asked = 0
+        self._number = 0
+        self._launcher = os.getppid() if LAUNCHED & os.environ.keys() else None
         self._before: dict[int, Any] = {}
 
+    @property
+    def asked(self) -> int:
+        """The signal's number, or 0."""
+        orphaned = self._launcher is not None and os.getppid() != self._launcher
+        return self._number or (signal.SIGTERM if orphaned else 0)
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.asked = number
+        self._number = number
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # where alone handlers can be set
