@@ -64,3 +64,30 @@ def test_profile_of_a_run(tmp_path, monkeypatch, capsys) -> None:
     assert report["steps"] == 8 and "pretrain_profile.py --classifier " in report["command"]
     assert sum(report["share"].values()) == pytest.approx(1, abs=0.01)
     assert min(report["share"].values()) > 0
+
+
+def test_operations_and_memory_are_counted_without_a_pass() -> None:
+    script = runpy.run_path(str(ROOT / "imagenet_cost.py"), run_name="cost")
+
+    class Chain(torch.nn.Sequential):
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return super().forward(rows)
+
+    with torch.device("meta"):
+        chain = Chain(torch.nn.Linear(4, 8, bias=False), torch.nn.Linear(8, 2, bias=False), torch.nn.Linear(2, 1))
+        operations, peak = script["cost"](chain, rows=torch.empty(3, 4))
+    assert operations == 2 * 3 * (4 * 8 + 8 * 2 + 2 * 1)
+    assert peak == 4 * 3 * (8 + 2)  # the first layer's output is gone before the third's is made
+
+
+def test_hours_of_imagenet_are_those_of_its_passes(tmp_path, monkeypatch, capsys) -> None:
+    table = tmp_path / "timm.csv"
+    rows = [f"{name}_224,{rate}" for name, rate in (("vit_base_patch16", 1000), ("deit_base_patch16", 500))]
+    table.write_text("\n".join(["model,infer_samples_per_sec", *rows, "swin_base_patch4_window7_224,2000"]))
+    monkeypatch.setattr(sys, "argv", ["imagenet_cost.py", "--patches_per_image", "8", "--measured", f"GPU={table}"])
+    runpy.run_path(str(ROOT / "imagenet_cost.py"), run_name="__main__")
+    for row, rate in zip(capsys.readouterr().out.splitlines()[2:], (1000, 500, 2000), strict=True):
+        *_, share, _, one, eight = (cell.strip() for cell in row.strip("|").split("|"))
+        passes = 1_281_167 * 17 / rate / 3600
+        assert float(one) == pytest.approx(passes / (float(share.strip("%")) / 100), rel=0.01)
+        assert float(eight) == pytest.approx(float(one) / 8, abs=0.006)
