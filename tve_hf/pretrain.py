@@ -32,7 +32,7 @@ from .pretraining_arguments import PretrainArguments, check
 from .pretraining_data import Batch, batches_of, steps_of
 from .pretraining_images import first_images, open_images
 from .pretraining_model import build_explainer, build_optimizer, config_for, label_weights, with_sizes_of_explainer
-from .processes import StopSignals, alone_in, join_processes, over_processes, part, telling_of_killed_workers
+from .processes import StopSignals, alone_in, join_processes, over_processes, part_processes, telling_of_killed_workers
 from .strict_json import dumps
 
 logger = logging.get_logger(__name__)
@@ -145,7 +145,7 @@ class _Run:
         device, config = self.teacher.device, self.config
         pixel_values, patch_idx = pixel_values.to(device, non_blocking=True), patch_idx.to(device)
         pixel_values = torch.where(mirrored.view(-1, 1, 1, 1).to(device), pixel_values.flip(-1), pixel_values)
-        with torch.no_grad():
+        with torch.no_grad():  # not inference_mode, whose tensors the explainer could not keep for its backward pass
             images = pixel_values.to(self.teacher.dtype)
             seen = self.teacher.backbone(images)
             exact = partial(exact_meta_attribution, self.teacher, images, config.grid_size, config.hops, patch_idx)
@@ -244,7 +244,7 @@ class _Run:
         """Save and end, after a signal."""
         self.progress.sums = self.mean_losses()
         self.save()
-        part(self.accelerator)
+        part_processes(self.accelerator)
         self.accelerator.print(f"Stopped by a signal; the same command goes on from step {self.done}.")
         raise SystemExit(128 + number)
 
@@ -269,7 +269,7 @@ class _Run:
                 unfinished.rmdir()
                 card = render_card(self.output_dir, [], self.repo_id or None)
                 write_whole(self.output_dir / "README.md", card.save)
-        part(self.accelerator)
+        part_processes(self.accelerator)
         if self.accelerator.is_main_process and self.args.push_to_hub:
             publish(self.output_dir, self.repo_id, self.args.hub_private_repo)
         return explainer

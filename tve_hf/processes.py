@@ -79,7 +79,7 @@ def alone_in(output_dir: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def part(accelerator: Accelerator) -> None:
+def part_processes(accelerator: Accelerator) -> None:
     """End trackers, and what the processes have in common, once all are here: one that leaves may take others down."""
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
