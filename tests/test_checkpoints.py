@@ -44,7 +44,7 @@ def test_empty_embedding_is_that_of_the_empty_image():
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_explainer_is_faithful_on_both_tasks(name):
-    """It ranks patches as exact does, and is clearly more faithful than noise; under Eq. 7 four fifths as exact is."""
+    """It ranks patches as exact does, is four fifths as faithful, and clearly more so than noise."""
     report = json.loads((RESULTS / name / "report.json").read_text())
     per_image, summary = report["per_image"], report["summary"]
     assert report["num_images"] >= 300
@@ -53,9 +53,8 @@ def test_explainer_is_faithful_on_both_tasks(name):
     def gap(method):
         return torch.tensor(per_image[f"{method}/zero/plus"]) - torch.tensor(per_image[f"{method}/zero/minus"])
 
-    assert torch.tensor([float(value) for value in per_image["spearman"]]).nanmedian() >= 0.7
-    if name.endswith("log_prob"):  # averaging makes exact maps better still
-        assert gap("tve").mean() >= 0.8 * gap("exact").mean()
+    assert torch.tensor([float(value) for value in per_image["spearman"]]).nanmedian() >= 0.8
+    assert gap("tve").mean() >= 0.8 * gap("exact").mean()
     low, _ = summary["fidelity"]["zero"]["tve"]["gap_above_random"]
     assert 0 < low < (gap("tve") - gap("random")).mean()
 
