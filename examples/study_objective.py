@@ -29,7 +29,7 @@ from tve_hf.comparison import bootstrap_interval, spearman
 from tve_hf.pretrain import HALF, PretrainArguments, draw
 from tve_hf.pretraining_data import Order
 from tve_hf.pretraining_images import Images, first_images
-from tve_hf.pretraining_model import build_explainer, build_optimizer
+from tve_hf.pretraining_model import build_explainer, build_optimizer, choose_attention
 from tve_hf.verification import Pair, prediction_errors
 
 Loss = Callable[[Pair, Pair], Tensor]  # of predicted and exact, (B, k, D) each
@@ -92,6 +92,7 @@ class Student:
         set_seed(args.seed)
         self.args, self.loss, self.seconds, self.done = args, loss, 0.0, 0
         self.explainer, _ = build_explainer(args, classifier)
+        choose_attention(self.explainer, args.mixed_precision)
         self.optimizer, self.schedule = build_optimizer(args, self.explainer, steps, world=1)
         self.means = {decay: copy.deepcopy(self.explainer) for decay in decays}
 
@@ -138,6 +139,7 @@ def train(
     """
     number, batch_size, steps = len(pixel_values), args.batch_size, args.max_steps
     config = build_explainer(args, classifier)[0].config
+    choose_attention(teacher.backbone.model, args.mixed_precision)
     seconds: dict[str, float] = defaultdict(float)
 
     def exact_of(images: Tensor, patch_idx: Tensor) -> Pair:

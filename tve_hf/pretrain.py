@@ -15,7 +15,6 @@ from accelerate.utils import gather_object, set_seed
 from huggingface_hub import HfApi
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .attribution import exact_meta_attribution
@@ -31,7 +30,14 @@ from .patches import sample_patches
 from .pretraining_arguments import PretrainArguments, check
 from .pretraining_data import Batch, batches_of, steps_of
 from .pretraining_images import first_images, open_images
-from .pretraining_model import build_explainer, build_optimizer, config_for, label_weights, with_sizes_of_explainer
+from .pretraining_model import (
+    build_explainer,
+    build_optimizer,
+    choose_attention,
+    config_for,
+    label_weights,
+    with_sizes_of_explainer,
+)
 from .processes import StopSignals, alone_in, join_processes, over_processes, part_processes, telling_of_killed_workers
 from .strict_json import dumps
 
@@ -98,11 +104,8 @@ class _Run:
     def _prepare(self, explainer: TVEExplainer) -> None:
         """Hand explainer, optimizer and schedule to Accelerate."""
         args, accelerator = self.args, self.accelerator
-        if accelerator.device.type == "cpu" and accelerator.mixed_precision in HALF:
-            # On CPUs torch's fused attention in half precision is slower than its parts, backwards by far.
-            for model in (explainer, self.teacher.backbone.model):
-                if isinstance(model, PreTrainedModel):
-                    model.set_attn_implementation("eager")
+        for model in (explainer, self.teacher.backbone.model):
+            choose_attention(model, accelerator.mixed_precision)
         if args.torch_compile:
             explainer.compile()
         optimizer, schedule = build_optimizer(args, explainer, self.steps, self.world)

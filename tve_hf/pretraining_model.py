@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from .attribution import exact_meta_attribution
 from .classifiers import SplitClassifier
@@ -81,6 +81,16 @@ def build_explainer(args: PretrainArguments, classifier: SplitClassifier) -> tup
         with torch.no_grad():
             explainer.empty_embedding.copy_(classifier.embed(torch.zeros_like(classifier.probe()))[0])
     return explainer, classifier
+
+
+def choose_attention(model: nn.Module, mixed_precision: str) -> None:
+    """Let a model of transformers, where it is in half precision on a CPU, compute attention by plain products.
+
+    There torch's fused attention takes twice their time forwards, and four times backwards.
+    """
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    if on_cpu and mixed_precision != "no" and isinstance(model, PreTrainedModel):
+        model.set_attn_implementation("eager")
 
 
 def with_sizes_of_explainer(args: PretrainArguments) -> PretrainArguments:
