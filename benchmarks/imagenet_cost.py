@@ -5,8 +5,10 @@ explainer forwards and backwards (three times its forward pass). Floating-point 
 The explainer is taken to run at the rate, operations a second, of the backbone's passes, and eight GPUs to be eight
 times as fast as one. Those passes were measured by the authors of timm in half precision, in their CSV files:
 
-    results=https://raw.githubusercontent.com/huggingface/pytorch-image-models/main/results
-    python benchmarks/imagenet_cost.py --measured "RTX 4090=$results/benchmark-infer-amp-nchw-pt291-cu128-4090.csv"
+    timm=https://raw.githubusercontent.com/huggingface/pytorch-image-models
+    results=$timm/aa4b5850c1543fa488abf260f18390eda46cf85d/results/benchmark-infer-amp-nchw
+    python benchmarks/imagenet_cost.py --measured "RTX 3090=$results-pt240-cu124-rtx3090.csv" \\
+        "RTX 4090=$results-pt291-cu128-4090.csv" "RTX 5090=$results-pt291-cu130-5090.csv"
 
 Memory is the largest sum of all live tensors in a step, on meta tensors too: one chunk of masked images in the frozen
 backbone, in half precision, or the batch in the explainer forwards and backwards, whichever is more, and all weights,

@@ -308,6 +308,18 @@ def online(hub: Hub, pair: tuple[Path, Path]) -> Hub:
     return hub
 
 
+@pytest.fixture
+def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Nothing of Accelerate's state from test to test, and a cache of `datasets` of this test's own."""
+    datasets = pytest.importorskip("datasets")
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment with transformers, torch, pillow and what they require, and without this package."""

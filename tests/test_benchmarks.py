@@ -43,23 +43,18 @@ def test_profile_counts_the_operations_of_the_first_step() -> None:
     assert len(profile.ends) == len(profile.memory) == 2
 
 
-def test_profile_of_a_run(tmp_path, monkeypatch, capsys) -> None:
-    datasets = pytest.importorskip("datasets")
-    from accelerate.state import AcceleratorState
+def test_profile_of_a_run(tmp_path, monkeypatch, capsys, isolated) -> None:
     from tiny import save_run
 
     from tve_hf import pretrain
 
     for owner, name in ((pretrain, "exact_meta_attribution"), (pretrain, "batches_of"), (pretrain._Run, "step")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back what the script replaces
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     arguments = []
     for name, value in (save_run(tmp_path) | {"output_dir": str(tmp_path / "run")}).items():
         arguments += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     monkeypatch.setattr(sys, "argv", ["pretrain_profile.py", *arguments])
-    AcceleratorState._reset_state(True)
     runpy.run_path(str(ROOT / "pretrain_profile.py"), run_name="__main__")
-    AcceleratorState._reset_state(True)
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["steps"] == 8 and "pretrain_profile.py --classifier " in report["command"]
     assert sum(report["share"].values()) == pytest.approx(1, abs=0.01)

@@ -8,10 +8,7 @@ from safetensors.torch import load_file
 from tiny import noise_image, save_run
 from transformers import pipeline
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 
 
@@ -29,19 +26,16 @@ def test_the_pipeline_on_a_gpu_explains_as_on_a_cpu(pair) -> None:
             assert name == "rule" or value == pytest.approx(other["verification"][name], rel=1e-3, nan_ok=True), name
 
 
-def test_a_run_on_a_gpu_ends_as_on_a_cpu(tmp_path, monkeypatch) -> None:
-    datasets = pytest.importorskip("datasets")
+def test_a_run_on_a_gpu_ends_as_on_a_cpu(tmp_path, monkeypatch, isolated) -> None:
     from accelerate.state import AcceleratorState
 
     from tve_hf.pretrain import PretrainArguments, pretrain
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     settings = save_run(tmp_path) | {"normalize_labels": True, "validation_files": [str(tmp_path / "noise.parquet")]}
     for device in ("cpu", DEVICE):
         monkeypatch.setenv("ACCELERATE_USE_CPU", str(device == "cpu").lower())
         AcceleratorState._reset_state(True)
         pretrain(PretrainArguments(**settings, output_dir=str(tmp_path / f"on {device}")))
-    AcceleratorState._reset_state(True)
     one, other = (load_file(tmp_path / f"on {device}" / "model.safetensors") for device in ("cpu", DEVICE))
     for name, weight in one.items():
         assert torch.allclose(weight.float(), other[name].float(), rtol=1e-2, atol=1e-2), name
@@ -51,16 +45,10 @@ def test_a_run_on_a_gpu_ends_as_on_a_cpu(tmp_path, monkeypatch) -> None:
         assert row["kept_error"] == pytest.approx(expected["kept_error"], rel=1e-2)
 
 
-def test_half_precision_and_compiled_layers_on_a_gpu_learn(tmp_path, monkeypatch) -> None:
-    datasets = pytest.importorskip("datasets")
-    from accelerate.state import AcceleratorState
-
+def test_half_precision_and_compiled_layers_on_a_gpu_learn(tmp_path, isolated) -> None:
     from tve_hf.pretrain import PretrainArguments, pretrain
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    AcceleratorState._reset_state(True)
     changed = {"mixed_precision": "bf16", "torch_compile": True, "num_epochs": 10, "save_steps": 4}
     pretrain(PretrainArguments(**(save_run(tmp_path) | changed), output_dir=str(tmp_path / "run")))
-    AcceleratorState._reset_state(True)
     log = json.loads((tmp_path / "run" / "training.json").read_text())["log"]
     assert log[-1]["kept_loss"] < log[0]["kept_loss"]

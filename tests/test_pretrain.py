@@ -34,12 +34,7 @@ from tve_hf.pretrain import PretrainArguments, pretrain
 NUM_IMAGES = 7
 
 
-@pytest.fixture(autouse=True)
-def isolated(tmp_path, monkeypatch):
-    AcceleratorState._reset_state(True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("isolated")
 
 
 @pytest.fixture(scope="module")

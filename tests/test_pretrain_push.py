@@ -2,9 +2,7 @@
 
 import json
 
-import datasets
 import pytest
-from accelerate.state import AcceleratorState
 from hub_server import User
 from tiny import GRID, HOPS, save_classifier, save_noise
 
@@ -13,12 +11,10 @@ from tve_hf.pretrain import PretrainArguments, pretrain
 
 
 @pytest.fixture
-def settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    AcceleratorState._reset_state(True)
+def settings(tmp_path, isolated):
     classifier = save_classifier(tmp_path / "classifier")
     files = [str(save_noise(tmp_path / "rows.parquet", 4))]
-    yield {
+    return {
         "classifier": str(classifier),
         "train_files": files,
         "validation_files": files,
@@ -32,7 +28,6 @@ def settings(tmp_path, monkeypatch):
         "mixed_precision": "no",
         "push_to_hub": True,
     }
-    AcceleratorState._reset_state(True)
 
 
 def test_a_run_is_pushed_with_code_and_its_own_card(hub, settings, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import pkgutil
 import signal
 import time
 
-import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -19,13 +18,7 @@ from tve_hf.patches import sample_patches
 from tve_hf.pretrain import PretrainArguments, pretrain
 from tve_hf.processes import alone_in
 
-
-@pytest.fixture(autouse=True)
-def isolated(tmp_path, monkeypatch):
-    AcceleratorState._reset_state(True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("isolated")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tiny import GRID, HOPS, noise_image, same_weights, save_classifier
 
 from tve_hf import split_classifier
@@ -26,12 +25,7 @@ def example():
     return module
 
 
-@pytest.fixture(autouse=True)
-def isolated(tmp_path, monkeypatch):
-    AcceleratorState._reset_state(True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("isolated")
 
 
 @pytest.fixture(scope="module")

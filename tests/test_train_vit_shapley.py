@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -21,11 +20,7 @@ def example():
     return load_example("train_vit_shapley")
 
 
-@pytest.fixture(autouse=True)
-def isolated(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("isolated")
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,7 @@ from .pretraining_arguments import PretrainArguments
 
 logger = logging.get_logger(__name__)
 
-LAUNCHED = {
-    "ACCELERATE_DYNAMO_BACKEND",
-    "TORCHELASTIC_RUN_ID",
-}  # set by Accelerate's launcher and by torchrun's
+LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"}  # by Accelerate's launcher, by torchrun's
 WORKER_DIED = "DataLoader worker (pid"  # so begins what torch says of a worker that was killed
 
 
