@@ -46,15 +46,15 @@ $(EXTRAS_VENV)/.installed: pyproject.toml
 	touch $@
 
 test-extras: $(EXTRAS_VENV)/.installed
-	$(EXTRAS_VENV)/bin/python -m pytest -n auto tests/test_timm.py tests/test_every_class.py -k timm
-	$(EXTRAS_VENV)/bin/python -m pytest -m slow tests/test_pretrain_launch.py
+	$(EXTRAS_VENV)/bin/python -m pytest -n auto tests/classifiers/test_timm.py tests/classifiers/test_every_class.py -k timm
+	$(EXTRAS_VENV)/bin/python -m pytest -m slow tests/pretrain/test_launch.py
 
 timm-table: $(EXTRAS_VENV)/.installed
 	$(EXTRAS_VENV)/bin/python tests/timm_families.py --output docs/timm.md
 
 # Every code block of README, of the other documents and of the cards.
 docs: install
-	$(BIN)/python -m pytest tests/test_readme.py tests/test_model_card.py tests/test_checkpoints.py
+	$(BIN)/python -m pytest tests/test_readme.py tests/hub/test_model_card.py tests/test_checkpoints.py
 
 dist: install
 	$(BIN)/pip install --quiet build

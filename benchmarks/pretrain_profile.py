@@ -28,8 +28,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser
 
-from tve_hf import pretrain as module
 from tve_hf.pretrain import PretrainArguments
+from tve_hf.pretrain import loop as module
 
 PAGE_MB = resource.getpagesize() / 2**20
 

@@ -21,10 +21,11 @@ from PIL import Image as Pictures
 from tqdm.auto import tqdm
 
 from tve_hf import TVEExplainer, methods, split_classifier
-from tve_hf.comparison import bootstrap_interval
-from tve_hf.images import load_image, seen_region
-from tve_hf.judge import parse_method
-from tve_hf.localization import localization
+from tve_hf.benchmark.judge import parse_method
+from tve_hf.evaluation.localization import localization
+from tve_hf.evaluation.statistics import bootstrap_interval
+from tve_hf.geometry import seen_region
+from tve_hf.images import load_image
 
 
 def mask_as_seen(mask: Pictures.Image, image_processor: Any, height: int, width: int) -> torch.Tensor:

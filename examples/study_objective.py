@@ -24,13 +24,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tve_hf import DEFAULT_RULE, SplitClassifier, exact_meta_attribution, fidelity, split_classifier, transfer
-from tve_hf.cells import Cells, digest
-from tve_hf.comparison import bootstrap_interval, spearman
-from tve_hf.pretrain import HALF, PretrainArguments, draw
-from tve_hf.pretraining_data import Order
-from tve_hf.pretraining_images import Images, first_images
-from tve_hf.pretraining_model import build_explainer, build_optimizer, choose_attention
-from tve_hf.verification import Pair, prediction_errors
+from tve_hf.benchmark.cells import Cells, digest
+from tve_hf.evaluation.statistics import bootstrap_interval
+from tve_hf.pretrain import PretrainArguments
+from tve_hf.pretrain.batches import Order
+from tve_hf.pretrain.images import Images, first_images
+from tve_hf.pretrain.loop import HALF, draw
+from tve_hf.pretrain.model import build_explainer, build_optimizer, choose_attention
+from tve_hf.verification import Pair, prediction_errors, spearman
 
 Loss = Callable[[Pair, Pair], Tensor]  # of predicted and exact, (B, k, D) each
 DECAYS = (0.95, 0.98, 0.995)

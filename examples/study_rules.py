@@ -21,8 +21,8 @@ from datasets import Image, load_dataset
 from tqdm.auto import tqdm
 
 from tve_hf import RULES, TVEExplainer, exact_meta_attribution, fidelity, split_classifier, transfer
-from tve_hf.cells import Cells, digest
-from tve_hf.comparison import bootstrap_interval
+from tve_hf.benchmark.cells import Cells, digest
+from tve_hf.evaluation.statistics import bootstrap_interval
 from tve_hf.images import load_image
 
 REMOVALS = ("zero", "blur")

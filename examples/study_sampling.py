@@ -20,10 +20,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tve_hf import SplitClassifier, exact_meta_attribution, split_classifier, transfer
-from tve_hf.comparison import bootstrap_interval, pearson, spearman
+from tve_hf.evaluation.statistics import bootstrap_interval
 from tve_hf.images import load_image
 from tve_hf.methods.exact_sampled import sampled_attribution
 from tve_hf.patches import GridSize, as_pair, sample_patches
+from tve_hf.verification import pearson, spearman
 
 
 @torch.no_grad()

@@ -38,12 +38,13 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedConfig, get_cosine_schedule_with_warmup
 
 from tve_hf import ShapleyConfig, ShapleyExplainer, SplitClassifier, split_classifier
-from tve_hf.checkpointing import load_checkpoint, save_checkpoint
 from tve_hf.configuration_tve import BackboneReaderConfig
 from tve_hf.images import load_image
 from tve_hf.patches import mask_patches
-from tve_hf.pretrain import HALF, config_for
-from tve_hf.shapley import coalition_values, head_fingerprint, random_coalitions, sample_coalitions
+from tve_hf.pretrain import config_for
+from tve_hf.pretrain.checkpointing import load_checkpoint, save_checkpoint
+from tve_hf.pretrain.loop import HALF
+from tve_hf.vit_shapley.coalitions import coalition_values, head_fingerprint, random_coalitions, sample_coalitions
 
 Objective = Callable[[nn.Module, Tensor, torch.Generator], Tensor]  # model, pixel_values -> loss
 

@@ -331,7 +331,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """What `evaluate` writes for the shipped explainer on two tasks of two noise images each, one folder for each."""
     import datasets
 
-    from tve_hf.benchmark import EvaluateArguments, evaluate
+    from tve_hf.benchmark.run import EvaluateArguments, evaluate
     from tve_hf.released import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
 
     folder = tmp_path_factory.mktemp("reports")

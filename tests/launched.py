@@ -1,4 +1,4 @@
-"""What `test_pretrain_launch.py` launches: examples/pretrain.py on CPUs.
+"""What `test_launch.py` launches: examples/pretrain.py on CPUs.
 
 If STOP names a signal, the launcher gets it in step 4, as from a scheduler. Accelerate takes its ways for FSDP and
 DeepSpeed on GPUs only, so it is told that a CPU is one; all else is real.
@@ -15,12 +15,12 @@ from typing import Any
 import torchvision_ops as torchvision_ops  # before transformers, which imports torchvision where there is one
 from accelerate.state import DistributedType, PartialState
 
-from tve_hf import pretrain
+from tve_hf.pretrain import loop
 
 if os.environ["ACCELERATE_USE_CPU"] == "false":
     PartialState._prepare_backend = lambda self, *settings: ("gloo", DistributedType.MULTI_GPU)
 
-sample_patches, calls = pretrain.sample_patches, []
+sample_patches, calls = loop.sample_patches, []
 
 
 def stop_in_step_4(*arguments: Any) -> Any:
@@ -36,7 +36,7 @@ def stop_in_step_4(*arguments: Any) -> Any:
 
 
 if "STOP" in os.environ:
-    pretrain.sample_patches = stop_in_step_4
+    loop.sample_patches = stop_in_step_4
 script = Path(__file__).resolve().parents[1] / "examples" / "pretrain.py"
 sys.argv[0] = str(script)
 runpy.run_path(str(script), run_name="__main__")

@@ -9,12 +9,7 @@ import torch
 from formulas import formula, window
 from torch import Tensor, nn
 
-from tve_hf.attribution import (
-    DEFAULT_RULE,
-    RULES,
-    exact_meta_attribution,
-    transfer,
-)
+from tve_hf.attribution import DEFAULT_RULE, RULES, exact_meta_attribution, transfer
 from tve_hf.classifiers import SplitClassifier, split_classifier
 
 

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModel, AutoModelForImageClassification
 
 import tve_hf
-from tve_hf.benchmark import EvaluateArguments, evaluate
-from tve_hf.judge import agreement
-from tve_hf.model_card import render_card
+from tve_hf.benchmark.judge import agreement
+from tve_hf.benchmark.run import EvaluateArguments, evaluate
+from tve_hf.hub.model_card import render_card
 from tve_hf.released import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
 
 ROOT = Path(__file__).parents[1]
@@ -119,5 +119,5 @@ def test_explainer_reads_the_image_not_only_its_place(shared_data):
     mean_map = found["exact"].mean(0, keepdim=True).expand_as(found["exact"])
     assert (
         found["spearman"].median()
-        > 0.2 + tve_hf.comparison.spearman(mean_map.flatten(1), found["exact"].flatten(1)).median()
+        > 0.2 + tve_hf.verification.spearman(mean_map.flatten(1), found["exact"].flatten(1)).median()
     )

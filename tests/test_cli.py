@@ -12,7 +12,7 @@ from tiny import GRID, LABELS, noise_image, save_classifier, save_pair
 from transformers import pipeline
 
 from tve_hf.cli import main
-from tve_hf.strict_json import dumps
+from tve_hf.files import dumps
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tve_hf.report import table_of
+from tve_hf.evaluation.report import table_of
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = sorted((ROOT / "docs" / "comparison").glob("*/report.json"))

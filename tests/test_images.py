@@ -25,7 +25,8 @@ from transformers.image_utils import load_image as transformers_load_image
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from tve_hf.images import load_image, normalization, seen_region
+from tve_hf.geometry import normalization, seen_region
+from tve_hf.images import load_image
 
 PIXELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3) * 2  # no symmetry, not square
 

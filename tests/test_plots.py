@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from tve_hf.plots import draw, pareto_front
+from tve_hf.benchmark.plots import draw, pareto_front
 
 
 def test_pareto_front_by_hand():

@@ -28,7 +28,7 @@ from tiny import noise_image
 from transformers import HfArgumentParser
 from zero_shot_models import make_model, make_processor
 
-from tve_hf import benchmark
+from tve_hf.benchmark import run as benchmark
 from tve_hf.cli import COMMANDS, main
 from tve_hf.released import DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
 

@@ -3,7 +3,7 @@
 import json
 import math
 
-from tve_hf.strict_json import dumps
+from tve_hf.files import dumps
 
 
 def test_values_come_back_and_infinities_as_strings():

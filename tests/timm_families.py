@@ -192,7 +192,8 @@ def main() -> None:
         " and `head(embed(x))` is compared with its own logits on batches of 1 and 3, by the largest difference over "
         "the largest logit. D is the dimension of the embedding at that size of image; the heads are the modules that "
         "give the logits; the feature maps (channels × rows × columns) are what an explainer may read. "
-        "`tests/test_timm.py` does the same in continuous integration, and with members whose heads are unusual.",
+        "`tests/classifiers/test_timm.py` does the same in continuous integration, and with members whose heads are "
+        "unusual.",
         "",
         "| family | member | D | heads | feature maps | verdict |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -11,7 +11,7 @@ from transformers import BaseImageProcessor, ViTConfig, ViTForImageClassificatio
 
 from tve_hf import ShapleyConfig, ShapleyExplainer, SplitClassifier, TVEExplainer, split_classifier
 from tve_hf.pretrain import config_for
-from tve_hf.shapley import head_fingerprint
+from tve_hf.vit_shapley.coalitions import head_fingerprint
 
 LABELS = ["tabby, tabby cat", "Egyptian cat", "Cardigan, Welsh corgi", "cardigan", "crane", "crane", "sports car"]
 SIDE, GRID, HOPS = 32, 4, 1

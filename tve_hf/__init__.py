@@ -10,14 +10,14 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from . import methods, metrics
 from .attribution import DEFAULT_RULE, RULES, exact_meta_attribution, transfer
 from .classifiers import SplitClassifier, split_classifier
-from .configuration_shapley import ShapleyConfig
 from .configuration_tve import TVEConfig
 from .fidelity import fidelity
-from .modeling_shapley import ShapleyExplainer, ShapleyExplainerOutput
 from .modeling_tve import TVEExplainer, TVEExplainerOutput
 from .pipeline_tve import TransferableAttributionPipeline
 from .released import DEFAULT_EXPLAINER
 from .verification import verify
+from .vit_shapley.configuration import ShapleyConfig
+from .vit_shapley.modeling import ShapleyExplainer, ShapleyExplainerOutput
 
 __version__ = "0.1.0"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from .files import dumps
 from .files import write_whole as _write
-from .strict_json import dumps
 
 
 def _default_photograph() -> Any:
@@ -154,7 +154,7 @@ def info(arguments: list[str]) -> int:
 
     from transformers.utils import logging
 
-    from .info import describe, explainers_in, explainers_of, text_of
+    from .hub.info import describe, explainers_in, explainers_of, text_of
     from .released import EXPLAINERS
 
     logging.disable_progress_bar()
@@ -182,9 +182,9 @@ def evaluate(arguments: list[str]) -> int:
     """Measure an explainer on held-out images: agreement with exact, and fidelity beside other methods."""
     from transformers import HfArgumentParser
 
-    from .benchmark import EvaluateArguments
-    from .benchmark import evaluate as run
-    from .report import table_of
+    from .benchmark.run import EvaluateArguments
+    from .benchmark.run import evaluate as run
+    from .evaluation.report import table_of
 
     (args,) = HfArgumentParser(EvaluateArguments, prog="tve-hf evaluate").parse_args_into_dataclasses(arguments)
     report = run(args)
@@ -197,7 +197,7 @@ _LICENSE = "of the weights, by its name on the Hub, such as apache-2.0"
 
 def card(arguments: list[str]) -> int:
     """Render a checkpoint's model card from its config, training log and evaluation reports."""
-    from .model_card import render_card
+    from .hub.model_card import render_card
 
     parser = argparse.ArgumentParser("tve-hf card", description=card.__doc__)
     parser.add_argument("folder", type=Path, help="checkpoint folder with config.json and training.json")
@@ -237,7 +237,7 @@ def push(arguments: list[str]) -> int:
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
-    from .hub import prepare
+    from .hub.push import prepare
 
     logging.disable_progress_bar()
     prepared = prepare(

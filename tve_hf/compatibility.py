@@ -11,12 +11,12 @@ from torch import nn
 from transformers.utils import logging
 
 from .classifiers import SplitClassifier
+from .classifiers.wrapped import named_weights
 from .configuration_tve import TVEConfig
 from .fingerprint import match
-from .images import normalization
+from .geometry import normalization
 from .modeling_tve import TVEExplainer
 from .weights import CONFIG, open_source
-from .wrapped import named_weights
 
 logger = logging.get_logger(__name__)
 

@@ -1,13 +1,17 @@
 """Fidelity+ and Fidelity- of an explanation, their curves over sparsity and the areas under them."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
+from .attribution import of_class
 from .classifiers import SplitClassifier
-from .patches import GridSize
-from .ranking import area, check_scores, even_shares, most_important, prob_kept
+from .patches import GridSize, grid_of
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -85,3 +89,100 @@ def fidelity(
     kept = torch.cat([full, alone, empty], dim=1)
     removed = torch.cat([empty, without, full], dim=1)
     return Fidelity.from_probabilities(full.squeeze(1), kept, removed)
+
+
+def check_scores(
+    classifier: SplitClassifier,
+    pixel_values: Tensor,
+    scores: Tensor,
+    class_idx: Tensor,
+    grid_size: GridSize | None = None,
+) -> tuple[Tensor, tuple[int, int]]:
+    """Check what every metric of a map is given, and warn of constant maps, which rank nothing.
+
+    Args:
+        scores: (B, rows, cols), or (B, N) on the grid `grid_size` (a square one if None).
+        class_idx: (B,).
+
+    Returns:
+        The scores, (B, N), and their grid (rows, cols).
+
+    Raises:
+        ValueError: If the scores are not finite or do not fit the images, there is no image, or no such class.
+    """
+    if scores.ndim == 3:
+        grid_size = tuple(scores.shape[1:])
+    scores = scores.flatten(1)
+    grid = grid_of(scores.shape[1], grid_size)
+    if not torch.isfinite(scores).all():
+        raise ValueError("The scores hold NaN or infinity, so patches cannot be ranked by them.")
+    if len(scores) != len(pixel_values):
+        raise ValueError(f"{len(scores)} maps were given for {len(pixel_values)} images; pass one map for each.")
+    if len(pixel_values) == 0:
+        raise ValueError("pixel_values holds no image; pass a batch of at least one.")
+    classifier.check_classes(class_idx, len(scores))
+    constant = (scores == scores[:, :1]).all(1)
+    if constant.any():
+        logger.warning(
+            f"{int(constant.sum())} of {len(scores)} maps are constant and rank nothing: their patches are taken in "
+            "the order of their numbers, so their results mean nothing."
+        )
+    return scores, grid
+
+
+def even_shares(num_levels: int, num_patches: int, last: Fraction = Fraction(1)) -> list[Fraction]:
+    """Return evenly spaced shares from 0 to `last`, exact so that no patch is gained or lost by rounding.
+
+    Raises:
+        ValueError: If there is one level only, or there are more levels than patches + 1.
+    """
+    if not 2 <= num_levels <= num_patches + 1:
+        raise ValueError(
+            f"num_levels = {num_levels} must lie between 2 and the number of patches + 1, {num_patches + 1}."
+        )
+    return [last * level / (num_levels - 1) for level in range(num_levels)]
+
+
+def most_important(scores: Tensor, shares: list[Fraction]) -> Tensor:
+    """Mark the patches S* of the highest scores, round(share * N) of them; ties go to the lower patch number.
+
+    Returns:
+        Boolean (B, K, N), for maps (B, N) and K shares.
+    """
+    num_patches = scores.shape[1]
+    sizes = torch.tensor([round(share * num_patches) for share in shares], device=scores.device)
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 is the most important patch
+    return rank.unsqueeze(1) < sizes.view(1, -1, 1)
+
+
+def log_prob_kept(
+    classifier: SplitClassifier,
+    pixel_values: Tensor,
+    keep: Tensor,
+    grid_size: GridSize,
+    removal: str,
+    chunk_size: int | None,
+    **inputs: Tensor,
+) -> Tensor:
+    """Return log f(S; .) of each image with each of its sets S of patches kept, boolean (B, K, N) -> (B, K, C)."""
+    return classifier.log_prob(classifier.embed_masked(pixel_values, keep, grid_size, removal, chunk_size, **inputs))
+
+
+def prob_kept(
+    classifier: SplitClassifier,
+    pixel_values: Tensor,
+    class_idx: Tensor,
+    keep: Tensor,
+    grid_size: GridSize,
+    removal: str,
+    chunk_size: int | None,
+    **inputs: Tensor,
+) -> Tensor:
+    """Return f(S; y) for each image's class, (B, K); arguments as for `log_prob_kept`, and class_idx (B,)."""
+    log_prob = log_prob_kept(classifier, pixel_values, keep, grid_size, removal, chunk_size, **inputs)
+    return of_class(log_prob, class_idx).exp()
+
+
+def area(curves: Tensor, shares: Tensor) -> Tensor:
+    """Area under curves (B, K) over shares (K,), by the trapezoidal rule, (B,)."""
+    return torch.trapezoid(curves, shares.to(curves), dim=1)

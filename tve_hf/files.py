@@ -1,6 +1,9 @@
-"""Write files that are whole or absent."""
+"""Write files that are whole or absent, and JSON that every parser reads, although JSON has no NaN and no infinity."""
 
+import json
+import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,3 +17,24 @@ def write_whole(path: Path, save: Callable[[Path], Any]) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """Write as JSON; NaN and infinities become the strings "nan", "inf" and "-inf", which `float` reads.
+
+    With an indent, lists of plain values still stand on one line.
+    """
+
+    def strict(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: strict(entry) for key, entry in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [strict(entry) for entry in item]
+        return str(item) if isinstance(item, float) and not math.isfinite(item) else item
+
+    def one_line(match: re.Match[str]) -> str:
+        return "[" + re.sub(r",\n\s+", ", ", match[1]) + "]"
+
+    # A line break in JSON text is never inside a string.
+    text = json.dumps(strict(value), indent=indent, allow_nan=False)
+    return re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s*\]", one_line, text)

@@ -16,13 +16,14 @@ from transformers.utils import ModelOutput
 
 from .attribution import DEFAULT_RULE, rule_named, transfer
 from .classifiers import SplitClassifier, split_classifier
+from .classifiers.wrapped import is_dispatched
 from .compatibility import find, fit
-from .images import load_image, seen_region
+from .geometry import seen_region
+from .images import load_image
 from .inputs import images_of
 from .released import DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER, EXPLAINERS
 from .verification import verify
 from .visualization import Region, heatmap, overlay
-from .wrapped import is_dispatched
 
 
 class TransferableAttributionPipeline(Pipeline):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .attribution import DEFAULT_RULE, apply_rule, exact_meta_attribution, of_class, rule_named
 from .classifiers import SplitClassifier
-from .comparison import pearson, spearman
 from .patches import GridSize, grid_of, sample_patches
 
 
@@ -131,3 +130,20 @@ def verify(
         Verification(num_patches=n, rule=rule, **{name: values[i].item() for name, values in found.items()})
         for i in range(len(pixel_values))
     ]
+
+
+def pearson(one: Tensor, other: Tensor) -> Tensor:
+    """Pearson correlation over the last dimension, (..., n) -> (...); NaN where one side is constant."""
+    one, other = (x.float() - x.float().mean(-1, keepdim=True) for x in (one, other))
+    return (one * other).sum(-1) / (one.square().sum(-1) * other.square().sum(-1)).sqrt()
+
+
+def spearman(one: Tensor, other: Tensor) -> Tensor:
+    """Spearman rank correlation over the last dimension, (..., n) -> (...); ties get their mean rank."""
+
+    def ranks(x: Tensor) -> Tensor:
+        below = (x.unsqueeze(-1) > x.unsqueeze(-2)).float().sum(-1)
+        equal = (x.unsqueeze(-1) == x.unsqueeze(-2)).float().sum(-1)
+        return below + (equal - 1) / 2
+
+    return pearson(ranks(one), ranks(other))

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..classifiers import SplitClassifier
+from ..classifiers.tracing import first_tensor, hooked
 from ..patches import token_grid
-from ..tracing import first_tensor, hooked
 from ._gradients import differentiable
 from ._weights import Recorder, eager_attention
 

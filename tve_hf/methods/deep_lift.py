@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..classifiers import SplitClassifier
-from ..parts import Head
+from ..classifiers.parts import Head
 from ._captum import captum_attr, patch_sums
 from ._gradients import differentiable
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..classifiers import SplitClassifier
-from ..tracing import as_map, feature_in, hooked
+from ..classifiers.tracing import as_map, feature_in, hooked
 from ._gradients import class_evidence, differentiable
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..classifiers import SplitClassifier
-from ..tracing import first_tensor
+from ..classifiers.tracing import first_tensor
 from ._attention import Layout, attend, find_layout, replace_first
 from ._gradients import class_evidence, differentiable
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..classifiers import SplitClassifier
-from ..ranking import prob_kept
+from ..fidelity import prob_kept
 
 
 @torch.no_grad()

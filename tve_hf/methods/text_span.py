@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..classifiers import SplitClassifier
-from ..splitting import differ
+from ..classifiers.search import differ
 from ._attention import attend, find_layout
 from ._gradients import differentiable
 

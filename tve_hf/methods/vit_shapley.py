@@ -5,8 +5,8 @@ from torch import Tensor
 
 from ..attribution import of_class
 from ..classifiers import SplitClassifier
-from ..modeling_shapley import ShapleyExplainer
-from ..shapley import check_head
+from ..vit_shapley.coalitions import check_head
+from ..vit_shapley.modeling import ShapleyExplainer
 
 
 @torch.no_grad()

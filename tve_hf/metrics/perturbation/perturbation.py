@@ -6,7 +6,7 @@ import datasets
 import evaluate
 import torch
 
-from tve_hf.perturbation import Perturbation
+from tve_hf.evaluation.perturbation import Perturbation
 
 _DESCRIPTION = """
 Area under the accuracy curve while 0 to 90 % of the patches are deleted, the most relevant first (positive; lower is

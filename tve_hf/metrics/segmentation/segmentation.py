@@ -7,7 +7,7 @@ import evaluate
 import numpy as np
 import torch
 
-from tve_hf.localization import Localization, localization
+from tve_hf.evaluation.localization import Localization, localization
 
 _DESCRIPTION = """
 How well maps lie on masks of the object. Maps are min-max normalised, resized bilinearly to the mask and binarised at

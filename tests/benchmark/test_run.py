@@ -1,0 +1,256 @@
+"""The evaluation of an explainer on a parquet file of noise: its report, recomputed."""
+
+import json
+import statistics
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import GRID, HOPS, make_shapley_explainer, noise_image, save_noise, save_pair
+from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, pipeline
+
+import tve_hf
+from tve_hf.benchmark import judge
+from tve_hf.benchmark import run as benchmark
+from tve_hf.benchmark.run import EvaluateArguments, evaluate
+from tve_hf.cli import main
+
+NUM_IMAGES, METHODS = 5, ["tve", "exact", "random", "rollout"]
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    classifier, explainer = save_pair(folder)
+    noise = save_noise(folder / "noise.parquet", NUM_IMAGES, label=[3, 3, 1, 0, 3])
+    return {
+        "classifier": str(classifier),
+        "model": str(explainer),
+        "test_files": [str(noise)],
+        "methods": ["random", "rollout"],
+        "removals": ["zero"],
+        "rule": "log_prob",
+        "batch_size": 3,
+    }
+
+
+@pytest.fixture
+def report(settings, tmp_path):
+    evaluate(EvaluateArguments(**settings, output_dir=str(tmp_path / "deep" / "report")))
+    return json.loads((tmp_path / "deep" / "report" / "report.json").read_text())
+
+
+def test_summary_is_recomputed_from_the_images(report):
+    per_image = {key: np.array([float(value) for value in column]) for key, column in report["per_image"].items()}
+    assert all(column.shape == (NUM_IMAGES,) for column in per_image.values())
+    summary = report["summary"]
+    assert report["num_images"] == NUM_IMAGES
+    for name, reduce, column in (
+        ("median_spearman", np.median, "spearman"),
+        ("median_pearson", np.median, "pearson"),
+        ("mean_kept_error", np.mean, "kept_error"),
+        ("mean_removed_error", np.mean, "removed_error"),
+        ("median_epsilon", np.median, "epsilon"),
+        ("median_bound", np.median, "bound"),
+        ("mean_error_nats", np.mean, "error"),
+        ("accuracy", np.mean, "correct"),
+    ):
+        assert float(summary[name]) == pytest.approx(reduce(per_image[column]), abs=1e-4), name
+    fidelity = summary["fidelity"]["zero"]
+    assert set(fidelity) == {*METHODS, "tve_share_of_exact"}
+    gaps = {}
+    for method in METHODS:
+        plus, minus = (per_image[f"{method}/zero/{side}"] for side in ("plus", "minus"))
+        gaps[method] = plus - minus
+        for name, column in (("plus_auc", plus), ("minus_auc", minus), ("gap", plus - minus)):
+            expected = [column.mean(), statistics.stdev(column.tolist())]
+            assert fidelity[method][name] == pytest.approx(expected, abs=2e-4)
+    assert "gap_above_random" not in fidelity["random"]
+    for method in set(METHODS) - {"random"}:
+        low, high = fidelity[method]["gap_above_random"]
+        assert low - 1e-4 <= (gaps[method] - gaps["random"]).mean() <= high + 1e-4
+    share = gaps["tve"].mean() / gaps["exact"].mean()
+    assert fidelity["tve_share_of_exact"] == pytest.approx(share, rel=0.05, abs=1e-3)
+
+
+def test_images_are_those_of_the_pipeline(report, settings):
+    explain = pipeline("transferable-attribution", model=settings["model"], classifier=settings["classifier"])
+    labels = [3, 3, 1, 0, 3]
+    assert sorted(report["rows"]) == list(range(NUM_IMAGES)) != report["rows"]
+    for place, seed in enumerate(report["rows"]):
+        (result,) = explain(noise_image(seed), rule="log_prob", verify=GRID * GRID)
+        found = result["verification"]
+        for name in ("pearson", "spearman", "kept_error", "removed_error", "epsilon", "error"):
+            value = float(report["per_image"][name][place])
+            assert value == pytest.approx(found[name], rel=1e-3, abs=2e-4), name
+        assert report["per_image"]["correct"][place] == (result["class_idx"] == labels[seed])
+        pixel_values = explain.image_processor(noise_image(seed), return_tensors="pt")["pixel_values"]
+        scores = torch.from_numpy(result["attribution"]).view(1, -1)
+        class_idx = torch.tensor([result["class_idx"]])
+        curves = tve_hf.fidelity(explain.classifier, pixel_values, scores, class_idx, removal="zero")
+        assert report["per_image"]["tve/zero/plus"][place] == pytest.approx(float(curves.plus_auc), abs=1e-4)
+        assert report["per_image"]["tve/zero/minus"][place] == pytest.approx(float(curves.minus_auc), abs=1e-4)
+    assert explain.model.config.hops == HOPS
+
+
+def test_same_seed_same_report(report, settings, tmp_path):
+    again = evaluate(EvaluateArguments(**settings, output_dir=str(tmp_path / "again")))
+    assert json.loads((tmp_path / "again" / "report.json").read_text())["per_image"] == report["per_image"]
+    assert again["summary"]["fidelity"] == report["summary"]["fidelity"]
+
+
+def test_nothing_is_computed_twice(settings, tmp_path, monkeypatch):
+    """An interrupted run, taken up with more methods, asks only for what is missing, and ends as if uninterrupted."""
+    asked: list[tuple[str, int]] = []
+    explain = judge.methods.explain
+
+    def counted(name, classifier, pixel_values, *args, **options):
+        if len(asked) == 3 and not (tmp_path / "part" / "report.json").exists() and name != "grad_cam":
+            raise KeyboardInterrupt
+        asked.append((name, len(pixel_values)))
+        return explain(name, classifier, pixel_values, *args, **options)
+
+    monkeypatch.setattr(judge.methods, "explain", counted)
+    monkeypatch.setattr(benchmark, "refusal", lambda *_: None)
+    part = settings | {"output_dir": str(tmp_path / "part")}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(EvaluateArguments(**part))
+    assert asked == [("random", 3), ("rollout", 3), ("random", 2)]
+    (tmp_path / "part" / "report.json").touch()  # from here on nothing interrupts
+    asked.clear()
+    evaluate(EvaluateArguments(**part))
+    assert asked == [("rollout", 2)]
+    asked.clear()
+    more = evaluate(EvaluateArguments(**(part | {"methods": ["random", "rollout", "grad_cam"]})))
+    assert asked == [("grad_cam", 3), ("grad_cam", 2)]
+    whole = settings | {"methods": ["random", "rollout", "grad_cam"], "output_dir": str(tmp_path / "whole")}
+    assert evaluate(EvaluateArguments(**whole))["per_image"] == more["per_image"]
+
+
+def test_cost_counts_the_passes(report):
+    """One pass for tve, none for random, two a patch for exact; rollout looks twice at an image of each batch."""
+    assert report["cost"]["tve"]["forward"] == 1
+    assert report["cost"]["rollout"]["forward"] == pytest.approx((NUM_IMAGES + 2) / NUM_IMAGES)
+    assert report["cost"]["random"]["forward"] == 0
+    assert report["cost"]["exact"]["forward"] == 2 * GRID**2
+    assert all(report["cost"][name]["backward"] == 0 for name in ("tve", "exact", "random"))
+    assert all(cost["seconds"] > 0 for cost in report["cost"].values())
+
+
+def test_gradients_are_counted_and_no_explainer_is_needed(settings, tmp_path):
+    alone = settings | {"model": None, "grid_size": GRID, "methods": ["grad_cam"], "output_dir": str(tmp_path)}
+    report = evaluate(EvaluateArguments(**alone))
+    cost = report["cost"]["grad_cam"]
+    assert (cost["forward"], cost["backward"]) == (1, 1)
+    assert set(report["summary"]["fidelity"]["zero"]) == {"grad_cam"}
+    assert "median_spearman" not in report["summary"]
+
+
+def test_vit_shapley_joins_at_the_cost_of_one_pass(settings, tmp_path):
+    classifier = tve_hf.split_classifier(settings["classifier"])
+    explainer = make_shapley_explainer(classifier)
+    explainer.save_pretrained(tmp_path / "shapley")
+    alone = settings | {"model": None, "methods": ["random"], "vit_shapley": str(tmp_path / "shapley")}
+    report = evaluate(EvaluateArguments(**alone, output_dir=str(tmp_path / "report")))  # on the explainer's grid
+    assert set(report["summary"]["fidelity"]["zero"]) == {"vit_shapley", "random"}
+    assert (report["cost"]["vit_shapley"]["forward"], report["cost"]["vit_shapley"]["backward"]) == (1, 0)
+    images = [noise_image(seed) for seed in report["rows"]]
+    pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
+    class_idx = classifier(pixel_values).logits.argmax(-1)
+    scores = tve_hf.methods.explain(
+        "vit_shapley", classifier, pixel_values, class_idx, GRID, shapley_explainer=explainer
+    )
+    found = tve_hf.fidelity(classifier, pixel_values, scores, class_idx)
+    assert report["per_image"]["vit_shapley/zero/plus"] == pytest.approx(found.plus_auc.tolist(), abs=1e-4)
+
+    with pytest.raises(ValueError, match=r"grid of .*shapley is \(4, 4\), not \(2, 2\)"):
+        evaluate(EvaluateArguments(**(alone | {"grid_size": 2}), output_dir=str(tmp_path / "other")))
+    other = tve_hf.split_classifier(settings["classifier"])
+    with torch.no_grad():
+        other.head.module.weight.mul_(1.1)
+    other.backbone.model.save_pretrained(tmp_path / "head")
+    classifier.image_processor.save_pretrained(tmp_path / "head")
+    with pytest.raises(ValueError, match="bound to the head of tiny"):
+        evaluate(EvaluateArguments(**(alone | {"classifier": str(tmp_path / "head")}), output_dir=str(tmp_path / "h")))
+
+
+def test_pictures_and_table(settings, tmp_path):
+    arguments = settings | {"removals": ["zero", "blur"], "num_gallery": 2, "output_dir": str(tmp_path)}
+    report = evaluate(EvaluateArguments(**arguments))
+    for name in ("fidelity", "cost", "removals", "gallery"):
+        picture = Image.open(tmp_path / f"{name}.png").convert("RGB")
+        assert min(picture.size) > 100 and len(picture.getcolors(10**6)) > 10
+    table = (tmp_path / "table.md").read_text()
+    for removal in ("zero", "blur"):
+        for method in METHODS:
+            mean, _ = report["summary"]["fidelity"][removal][method]["gap"]
+            assert f"{mean:.3f}" in table.split(f"Removed pixels: {removal}")[1]
+    assert set(report["summary"]["rank_agreement"]) == {"zero/blur"}
+
+
+def test_command_line(settings, tmp_path, capsys):
+    arguments = []
+    for name, value in (settings | {"num_images": 2, "output_dir": str(tmp_path)}).items():
+        arguments += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    assert main(["evaluate", *arguments]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert capsys.readouterr().out.strip() == (tmp_path / "table.md").read_text().strip()
+    assert report["num_images"] == 2
+
+
+def test_a_budget_leaves_out_what_cannot_serve_and_says_why(settings, tmp_path):
+    """None of the methods that read attention serves a CNN; asked for by name, such a one is an error at once."""
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "cnn")
+    AutoImageProcessor.from_pretrained(settings["classifier"]).save_pretrained(tmp_path / "cnn")
+    given = settings | {"classifier": str(tmp_path / "cnn"), "model": None, "grid_size": GRID, "num_images": 1}
+    budgets = given | {"methods": ["paper", "fair"], "output_dir": str(tmp_path / "report")}
+    report = evaluate(EvaluateArguments(**budgets))
+    attention = {"raw_attention", "rollout", "attention_cam", "chefer_cam", "legrad", "text_span"}
+    assert set(report["refused"]) == attention
+    served = set(report["summary"]["fidelity"]["zero"])
+    assert served == {spec for name in ("paper", "fair") for spec in benchmark.BUDGETS[name]} - attention
+    assert {"rise@50", "rise@400", "exact", "deep_lift"} <= served
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert all(f"- {spec}: {reason}" in table for spec, reason in report["refused"].items())
+    assert report["cost"]["kernel_shap@400"]["forward"] == pytest.approx(400, abs=3)
+    with pytest.raises(ValueError, match="attention"):
+        evaluate(EvaluateArguments(**(given | {"methods": ["random", "rollout"], "output_dir": str(tmp_path / "o")})))
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_column": "photo"}, "No column 'photo'.*image, label"),
+        ({"num_images": 0}, "no image with num_images=0"),
+        ({"methods": ["magic"]}, "Unknown method 'magic'"),
+        ({"rule": "magic"}, "Unknown rule 'magic'"),
+        ({"removals": ["magic"]}, "Unknown removal operator 'magic'"),
+        ({"methods": ["rollout@5"]}, "rollout draws no samples"),
+        ({"methods": ["tve"], "model": None, "grid_size": GRID}, "tve needs an explainer; pass model"),
+        ({"methods": ["vit_shapley"]}, "vit_shapley needs an explainer of the classifier; pass vit_shapley"),
+        ({"methods": ["random"], "model": None}, "pass grid_size"),
+        ({"grid_size": GRID + 1}, "leave out grid_size and hops"),
+    ],
+)
+def test_mistakes_are_named(settings, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(EvaluateArguments(**(settings | changes), output_dir=str(tmp_path / "report")))
+    assert not (tmp_path / "report").exists()
+
+
+def test_other_settings_are_named_and_nothing_is_mixed(settings, tmp_path):
+    evaluate(EvaluateArguments(**settings, output_dir=str(tmp_path), num_images=2))
+    before = (tmp_path / "report.json").read_text()
+    with pytest.raises(ValueError, match="rule was 'log_prob', now 'logit'.*another output_dir"):
+        evaluate(EvaluateArguments(**(settings | {"rule": "logit"}), output_dir=str(tmp_path), num_images=2))
+    assert (tmp_path / "report.json").read_text() == before

@@ -1,0 +1,88 @@
+"""The scripts in `benchmarks/` run, and count what they say they count; what they time is not tested."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_classifier, save_noise
+
+ROOT = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_fidelity_is_compared_with_the_passes_that_it_needs(tmp_path, monkeypatch, capsys, files) -> None:
+    arguments = ["--num_images", "3", "--batch_size", "2", "--num_levels", "5", "--grid_size", "4"]
+    if files:
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        arguments += ["--files", str(save_noise(tmp_path / "noise.parquet", 2))]
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", str(save_classifier(tmp_path / "classifier")), *arguments])
+    runpy.run_path(str(ROOT / "fidelity.py"), run_name="__main__")
+    report = json.loads(capsys.readouterr().out)
+    assert report["passes_per_image"] == 8
+    assert report["ratio"] == pytest.approx(report["fidelity_seconds"] / report["bare_seconds"], rel=0.05)
+    assert report["num_images"] == 3
+
+
+@pytest.mark.slow
+def test_import_time_compares_two_imports(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["import_time.py", "--repeats", "1"])
+    runpy.run_path(str(ROOT / "import_time.py"), run_name="__main__")
+    report = json.loads(capsys.readouterr().out)
+    assert report["ratio"] == pytest.approx(report["tve_hf_seconds"] / report["transformers_seconds"], rel=0.01)
+
+
+def test_profile_counts_the_operations_of_the_first_step() -> None:
+    profile = runpy.run_path(str(ROOT / "pretrain_profile.py"), run_name="profile")["Profile"]()
+    step = profile.end_of_step(lambda rows: torch.ones(rows, 8) @ torch.ones(8, 2))
+    assert step(4).shape == (4, 2) and step(5).shape == (5, 2)
+    assert profile.operations == 2 * 4 * 8 * 2
+    assert len(profile.ends) == len(profile.memory) == 2
+
+
+def test_profile_of_a_run(tmp_path, monkeypatch, capsys, isolated) -> None:
+    from tiny import save_run
+
+    from tve_hf.pretrain import loop as pretrain
+
+    for owner, name in ((pretrain, "exact_meta_attribution"), (pretrain, "batches_of"), (pretrain._Run, "step")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back what the script replaces
+    arguments = []
+    for name, value in (save_run(tmp_path) | {"output_dir": str(tmp_path / "run")}).items():
+        arguments += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    monkeypatch.setattr(sys, "argv", ["pretrain_profile.py", *arguments])
+    runpy.run_path(str(ROOT / "pretrain_profile.py"), run_name="__main__")
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["steps"] == 8 and "pretrain_profile.py --classifier " in report["command"]
+    assert sum(report["share"].values()) == pytest.approx(1, abs=0.01)
+    assert min(report["share"].values()) > 0
+
+
+def test_operations_and_memory_are_counted_without_a_pass() -> None:
+    script = runpy.run_path(str(ROOT / "imagenet_cost.py"), run_name="cost")
+
+    class Chain(torch.nn.Sequential):
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return super().forward(rows)
+
+    with torch.device("meta"):
+        chain = Chain(torch.nn.Linear(4, 8, bias=False), torch.nn.Linear(8, 2, bias=False), torch.nn.Linear(2, 1))
+        operations, peak = script["cost"](chain, rows=torch.empty(3, 4))
+    assert operations == 2 * 3 * (4 * 8 + 8 * 2 + 2 * 1)
+    assert peak == 4 * 3 * (8 + 2)  # the first layer's output is gone before the third's is made
+
+
+def test_hours_of_imagenet_are_those_of_its_passes(tmp_path, monkeypatch, capsys) -> None:
+    table = tmp_path / "timm.csv"
+    rows = [f"{name}_224,{rate}" for name, rate in (("vit_base_patch16", 1000), ("deit_base_patch16", 500))]
+    table.write_text("\n".join(["model,infer_samples_per_sec", *rows, "swin_base_patch4_window7_224,2000"]))
+    monkeypatch.setattr(sys, "argv", ["imagenet_cost.py", "--patches_per_image", "8", "--measured", f"GPU={table}"])
+    runpy.run_path(str(ROOT / "imagenet_cost.py"), run_name="__main__")
+    for row, rate in zip(capsys.readouterr().out.splitlines()[2:], (1000, 500, 2000), strict=True):
+        *_, share, _, one, eight = (cell.strip() for cell in row.strip("|").split("|"))
+        passes = 1_281_167 * 17 / rate / 3600
+        assert float(one) == pytest.approx(passes / (float(share.strip("%")) / 100), rel=0.01)
+        assert float(eight) == pytest.approx(float(one) / 8, abs=0.006)

@@ -1,0 +1,52 @@
+"""The study of Theorem 1 counts what a report says, and sees a bound that is broken."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from tve_hf.files import dumps
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("study_theorem", ROOT / "examples" / "study_theorem.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_command_counts_images_with_a_bound_and_those_that_keep_it(example, tmp_path, monkeypatch, capsys) -> None:
+    epsilon = [0.1, 0.5, 0.5, 1.0, 7.0]
+    bounds = [-2 * math.log(1 - e) if e < 1 else math.inf for e in epsilon]  # 0.21, 1.39, 1.39
+    errors = [0.2, 1.38, 1.4, 0.3, 2.0]  # the third breaks its bound, as no real one can
+    report = tmp_path / "report.json"
+    report.write_text(dumps({"per_image": {"epsilon": epsilon, "bound": bounds, "error": errors}}))
+    monkeypatch.setattr(
+        sys, "argv", ["study_theorem.py", "--report", str(report), "--output", str(tmp_path / "theorem.png")]
+    )
+    example.main()
+    assert json.loads(capsys.readouterr().out) == {
+        "images": 5,
+        "with_bound": 3,
+        "within_bound": 2,
+        "median_error_nats": 1.38,
+        "median_epsilon": 0.5,
+    }
+    assert (tmp_path / "theorem.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_said_of_the_shipped_explainer_is_what_its_report_gives(example, tmp_path) -> None:
+    results = ROOT / "model_cards" / "results" / "tiny_imagenet_log_prob"
+    found = example.study(json.loads((results / "report.json").read_text()), tmp_path / "theorem.png")
+    said = (ROOT / "model_cards" / "README.md").read_text()
+    if found["with_bound"] == 0:
+        assert f"on the {found['images']} images" in said and "no image has an ε below 1" in said
+    else:
+        assert "no image has an ε below 1" not in said
+    assert found["within_bound"] == found["with_bound"]

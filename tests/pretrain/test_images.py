@@ -1,0 +1,150 @@
+"""Every kind of image set gives the same images; what is wrong with one is said in a sentence."""
+
+import io
+import json
+import random
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import noise_image, save_classifier
+
+from tve_hf import split_classifier
+from tve_hf.pretrain import PretrainArguments
+from tve_hf.pretrain.images import first_images, open_images, random_crop, read_image
+
+NUMBER = 3
+
+
+def png(seed):
+    buffer = io.BytesIO()
+    noise_image(seed).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The same images as parquet, with and without `datasets` metadata, arrow, folders of images, and tar."""
+    root = tmp_path_factory.mktemp("sources")
+    rows = {"image": [noise_image(seed) for seed in range(NUMBER)], "name": ["x"] * NUMBER}
+    features = datasets.Features({"image": datasets.Image(), "name": datasets.Value("string")})
+    data = datasets.Dataset.from_dict(rows, features=features)
+    (root / "parquet").mkdir()
+    data.to_parquet(root / "parquet" / "train.parquet")
+    plain = datasets.Features({"photo": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
+    photos = {"photo": [{"bytes": png(seed), "path": None} for seed in range(NUMBER)]}
+    datasets.Dataset.from_dict(photos, features=plain).to_parquet(root / "plain.parquet")
+    data.save_to_disk(root / "disk")
+    datasets.DatasetDict(train=data).save_to_disk(root / "disks")
+    (root / "folder").mkdir()
+    for seed in range(NUMBER):
+        (root / "folder" / f"{seed}.png").write_bytes(png(seed))
+    (root / "tar").mkdir()
+    with tarfile.open(root / "tar" / "train.tar", "w") as tar:
+        for seed in range(NUMBER):
+            for name, content in ((f"{seed}.png", png(seed)), (f"{seed}.json", json.dumps({"a": 1}).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def opened(files=(), streaming=False, split="train", **settings):
+    arguments = PretrainArguments(classifier="c", output_dir="o", train_files=list(files), **settings)
+    return open_images(arguments, list(files), split, streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "disk", "disks", "folder", "tar"])
+def test_folders(sources, kind, streaming):
+    check(opened(dataset_name=str(sources / kind), streaming=streaming), "png" if kind == "tar" else "image")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "column"),
+    [
+        ("parquet/*.parquet", "image"),
+        ("plain.parquet", "photo"),
+        ("disk/*.arrow", "image"),
+        ("tar/*.tar", "png"),
+        ("folder/*.png", "image"),
+    ],
+)
+def test_files(sources, pattern, column, streaming):
+    check(opened([str(sources / pattern)], streaming), column)
+
+
+def check(images, column):
+    assert images.column == column
+    assert images.number in (NUMBER, None)
+    found = [read_image(row[column]) for row in images.data]
+    assert len(found) == NUMBER
+    for seed, image in enumerate(found):
+        assert np.array_equal(image, noise_image(seed))
+
+
+def test_the_column_is_guessed_only_where_it_is_clear(tmp_path):
+    both = {"front": [noise_image(0)], "back": [noise_image(1)]}
+    features = datasets.Features({"front": datasets.Image(), "back": datasets.Image()})
+    datasets.Dataset.from_dict(both, features=features).to_parquet(tmp_path / "two.parquet")
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match="has 2 columns that look like images; choose image_column among front, back"):
+        opened([str(tmp_path / "two.parquet")])
+    assert opened([str(tmp_path / "two.parquet")], image_column="back").column == "back"
+    with pytest.raises(ValueError, match="has no columns that look like images; choose image_column among text"):
+        opened([str(tmp_path / "none.parquet")])
+    with pytest.raises(ValueError, match="No column 'photo' in .*; choose image_column among text"):
+        opened([str(tmp_path / "none.parquet")], image_column="photo")
+
+
+def test_what_is_missing_or_empty_is_named(sources, tmp_path):
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": []}, features=features).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(ValueError, match="empty.parquet.* is empty"):
+        opened([str(tmp_path / "empty.parquet")])
+    with pytest.raises(ValueError, match="no such folder.* was not found"):
+        opened(dataset_name=str(tmp_path / "no such folder"))
+    with pytest.raises(ValueError, match="no split 'test'; choose among train"):
+        opened(dataset_name=str(sources / "disks"), split="test")
+    with pytest.raises(ValueError, match="test"):
+        opened(dataset_name=str(sources / "folder"), split="test")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="broken.parquet cannot be opened.*Parquet file size is 4 bytes"):
+        opened([str(tmp_path / "broken.parquet")])
+
+
+def test_validation_takes_the_first_readable_images(tmp_path):
+    classifier = split_classifier(save_classifier(tmp_path / "classifier"))
+    rows = {"image": [b"broken", png(1), png(2), png(3)]}
+    features = datasets.Features({"image": datasets.Value("binary")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "some.parquet")
+    found = first_images(opened([str(tmp_path / "some.parquet")]), classifier, 2)
+    expected = classifier.image_processor([noise_image(1), noise_image(2)], return_tensors="pt")["pixel_values"]
+    assert np.array_equal(found, expected)
+    rows = {"image": [b"broken"]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match="bad.parquet holds no image that can be read"):
+        first_images(opened([str(tmp_path / "bad.parquet")]), classifier, 2)
+
+
+def test_random_crop():
+    """The pixels tell where they come from: red is the column, green the row."""
+    columns, rows = np.meshgrid(np.arange(90, dtype=np.uint8), np.arange(60, dtype=np.uint8))
+    image = Image.fromarray(np.stack([columns, rows, columns], -1))
+    crops = [np.asarray(random_crop(image, random.Random(seed))) for seed in range(100)]
+    for crop in crops:
+        high, wide = crop.shape[:2]
+        left, top = int(crop[0, 0, 0]), int(crop[0, 0, 1])
+        assert np.array_equal(crop, np.asarray(image)[top : top + high, left : left + wide])
+        assert 0.19 < wide * high / (90 * 60) <= 1 and 0.72 < wide / high < 1.39
+    assert len({crop.shape for crop in crops}) > 50
+    line = Image.new("RGB", (100, 1))
+    assert random_crop(line, random.Random(0)).size == (100, 1)

@@ -1,0 +1,69 @@
+"""Count what an explanation costs: passes of the classifier, and time."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..classifiers.tracing import first_tensor, hooked
+
+
+@dataclass
+class Cost:
+    """What an explanation costs: seconds, and images that went through the classifier forwards and backwards."""
+
+    seconds: float = 0.0
+    forward: int = 0
+    backward: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: torch.tensor(float(value)) for name, value in vars(self).items()}
+
+
+@contextmanager
+def counting(model: nn.Module, head_names: Sequence[str]) -> Iterator[Cost]:
+    """Count the passes of a classifier, and the time, inside a with-block.
+
+    A backward pass is one that reaches what its head is given, from whichever logits it started.
+    """
+    cost = Cost()
+    running = False  # the head may also be applied alone, to what it was given before
+
+    def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal running
+        running = True
+        given = first_tensor((*args, *kwargs.values()))
+        cost.forward += 0 if given is None else len(given)
+
+    def watch(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal running
+        given = first_tensor((*args, *kwargs.values()))
+        if running and given is not None and given.requires_grad:
+            images = len(given)
+
+            def count_backward(gradient: Tensor) -> None:
+                cost.backward += images
+
+            given.register_hook(count_backward)
+        running = False
+
+    def hooks() -> Iterator[Any]:
+        yield model.register_forward_pre_hook(count, with_kwargs=True)
+        for name in head_names[:1]:  # all heads are reached by one pass
+            yield model.get_submodule(name).register_forward_pre_hook(watch, with_kwargs=True)
+
+    with hooked(hooks()):
+        _wait_for_device()
+        start = time.perf_counter()
+        yield cost
+        _wait_for_device()
+        cost.seconds = time.perf_counter() - start
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,215 @@
+"""The computations of an evaluation, cell by cell: what each method says of a batch, its cost, how faithful it is."""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset
+from PIL.Image import Image as Picture
+from torch import Tensor
+
+from .. import methods
+from ..attribution import exact_meta_attribution, transfer
+from ..classifiers import SplitClassifier
+from ..fidelity import fidelity
+from ..geometry import seen_region
+from ..images import load_image
+from ..modeling_tve import TVEExplainer
+from ..verification import pearson, prediction_errors, spearman
+from ..visualization import gallery, heatmap, overlay
+from ..vit_shapley.modeling import ShapleyExplainer
+from .cells import Cells
+from .cost import counting
+
+
+@torch.no_grad()
+def agreement(
+    classifier: SplitClassifier, explainer: TVEExplainer, pixel_values: Tensor, class_idx: Tensor, rule: str
+) -> dict[str, Tensor]:
+    """Compare the explainer with the exact attribution, all patches of each image.
+
+    Returns:
+        Correlations and errors, (B,) each, as in `verification.Verification`; the maps `tve` and `exact`, (B, rows,
+        cols); and the cost of each, as `tve/seconds` and so on.
+    """
+    config = explainer.config
+    shape = config.grid_shape
+    watched = classifier.backbone.model, classifier.backbone.head_names
+    with counting(*watched) as tve_cost:
+        seen = classifier(pixel_values)
+        output = explainer(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
+        predicted = output.kept, output.removed
+        tve = transfer(*predicted, classifier, class_idx, rule, config.grid_size, config.hops)
+    with counting(*watched) as exact_cost:
+        exact = exact_meta_attribution(classifier, pixel_values, config.grid_size, config.hops)
+        scores = transfer(*exact, classifier, class_idx, rule, config.grid_size, config.hops)
+    costs = {"tve": tve_cost, "exact": exact_cost}
+    return {
+        "spearman": spearman(tve, scores),
+        "pearson": pearson(tve, scores),
+        **prediction_errors(classifier, pixel_values, class_idx, predicted, exact),
+        "tve": tve.unflatten(1, shape),
+        "exact": scores.unflatten(1, shape),
+        **{f"{name}/{key}": value for name, cost in costs.items() for key, value in cost.tensors().items()},
+    }
+
+
+def parse_method(spec: str) -> tuple[str, dict[str, int]]:
+    """Read `name` or `name@samples` as a method and its options.
+
+    Raises:
+        ValueError: If there is no such method, or it draws no samples.
+    """
+    name, at, samples = spec.partition("@")
+    parameters = inspect.signature(methods.load(name)).parameters
+    if not at:
+        return name, {}
+    if "n_samples" not in parameters:
+        raise ValueError(f"{spec!r}: {name} draws no samples; pass it without @.")
+    if not samples.isdigit() or int(samples) < 1:
+        raise ValueError(f"{spec!r}: {samples!r} is no number of samples; write {name}@400, for example.")
+    return name, {"n_samples": int(samples)}
+
+
+def options_of(spec: str, offered: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Read a spec as a method and its options, among them what it takes of those on offer."""
+    name, options = parse_method(spec)
+    parameters = inspect.signature(methods.load(name)).parameters
+    return name, options | {key: value for key, value in offered.items() if key in parameters and value is not None}
+
+
+def refusal(
+    classifier: SplitClassifier, spec: str, grid: tuple[int, int], offered: dict[str, Any]
+) -> ValueError | ImportError | None:
+    """Why a method cannot serve this classifier, or None: tried on one image, with as few samples as may be."""
+    name, options = options_of(spec, offered)
+    parameters = inspect.signature(methods.load(name)).parameters
+    options |= {key: 2 for key in ("n_samples", "n_steps") if key in parameters}
+    pixel_values = classifier.probe()[:1]
+    try:
+        methods.explain(
+            name, classifier, pixel_values, torch.zeros(1, dtype=torch.int64).to(pixel_values.device), grid, **options
+        )
+    except (ValueError, ImportError) as error:
+        return error
+    return None
+
+
+@dataclass
+class Judge:
+    """Computes and keeps the cells of one evaluation: classes, maps, agreement and fidelity of each batch.
+
+    Args:
+        classifier: on the device to compute on.
+        explainer: of its backbone, or None: then there is no agreement to compute.
+        data: encoded images, and labels where there are any.
+        rows: which row of the test files each image is.
+        cells: where results are kept.
+        specs: methods, as `name` or `name@samples`.
+        refused: why others cannot serve this classifier.
+        removals: keys of `patches.REMOVALS`.
+        grid, hops, rule: as for `exact_meta_attribution` and `transfer`.
+        shapley_explainer: of its head, for the method vit_shapley.
+    """
+
+    classifier: SplitClassifier
+    explainer: TVEExplainer | None
+    data: Dataset
+    rows: list[int]
+    cells: Cells
+    specs: list[str]
+    refused: dict[str, str]
+    removals: list[str]
+    grid: tuple[int, int]
+    hops: int
+    rule: str
+    batch_size: int
+    seed: int
+    image_column: str
+    label_column: str
+    shapley_explainer: ShapleyExplainer | None = None
+
+    def batches(self) -> Iterator[tuple[int, int]]:
+        for start in range(0, len(self.data), self.batch_size):
+            yield start, min(start + self.batch_size, len(self.data))
+
+    def pixels(self, start: int, stop: int) -> Tensor:
+        images = [load_image(row) for row in self.data[start:stop][self.image_column]]
+        pixel_values = self.classifier.image_processor(images, return_tensors="pt")["pixel_values"]
+        return pixel_values.to(self.classifier.device)
+
+    def classes(self, pixel_values: Tensor, rows: dict[str, list]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            class_idx = self.classifier(pixel_values).logits.argmax(-1)
+        found = {"class_idx": class_idx}
+        if self.label_column in rows:
+            found["correct"] = (class_idx.cpu() == torch.tensor(rows[self.label_column])).float()
+        return found
+
+    def explain(self, spec: str, pixel_values: Tensor, class_idx: Tensor, start: int) -> dict[str, Tensor]:
+        """One method's maps of a batch, and what they cost."""
+        offered = {
+            "explainer": self.explainer,
+            "shapley_explainer": self.shapley_explainer,
+            "rule": self.rule,
+            "hops": self.hops,
+            # Seeded by the batch, so that a resumed evaluation draws what an uninterrupted one draws.
+            "generator": torch.Generator().manual_seed(self.seed + start),
+        }
+        name, options = options_of(spec, offered)
+        with counting(self.classifier.backbone.model, self.classifier.backbone.head_names) as cost:
+            scores = methods.explain(name, self.classifier, pixel_values, class_idx, self.grid, **options)
+        return {"scores": scores, **cost.tensors()}
+
+    def compute(self, start: int, stop: int) -> None:
+        """All cells of one batch that are not there yet."""
+        place = f"{start:06}-{stop:06}"
+        pixel_values = self.pixels(start, stop)
+        rows = self.data[start:stop]
+        found = self.cells.get(f"classes/{place}", lambda: self.classes(pixel_values, rows))
+        class_idx = found["class_idx"].to(pixel_values.device)
+        explainer = self.explainer
+        if explainer is not None:
+            both = self.cells.get(
+                f"agreement/{place}",
+                lambda: agreement(self.classifier, explainer, pixel_values, class_idx, self.rule),
+            )
+            for name in ("tve", "exact"):
+                maps = {key: both[f"{name}/{key}"] for key in ("seconds", "forward", "backward")}
+                self.cells.get(f"maps/{name}/{place}", partial(dict, maps, scores=both[name]))
+        for spec in self.specs:
+            explain = partial(self.explain, spec, pixel_values, class_idx, start)
+            maps = self.cells.get(f"maps/{spec}/{place}", explain)
+            scores = maps["scores"].to(pixel_values.device)
+            for removal in self.removals:
+                judged = partial(self.fidelity, pixel_values, scores, class_idx, removal)
+                self.cells.get(f"fidelity/{removal}/{spec}/{place}", judged)
+
+    def fidelity(self, pixel_values: Tensor, scores: Tensor, class_idx: Tensor, removal: str) -> dict[str, Tensor]:
+        """Fidelity of one method's maps of a batch under one removal operator."""
+        found = fidelity(self.classifier, pixel_values, scores, class_idx, removal=removal)
+        return {name: tensor.clone() for name, tensor in vars(found).items()}
+
+    def gather(self, key: str) -> dict[str, Tensor]:
+        """The tensors of a key over all batches; what is not of one entry for each image comes stacked."""
+        parts = [(stop - start, self.cells.get(f"{key}/{start:06}-{stop:06}")) for start, stop in self.batches()]
+        return {
+            name: torch.cat([part[name] if part[name].shape[:1] == (n,) else part[name][None] for n, part in parts])
+            for name in parts[0][1]
+        }
+
+    def gallery(self, count: int) -> Picture:
+        """Maps of the first images side by side, one column for each method."""
+        maps = {spec: self.gather(f"maps/{spec}")["scores"][:count] for spec in self.specs}
+        classes = self.gather("classes")["class_idx"][:count].tolist()
+        rows = []
+        for i in range(len(classes)):
+            picture = load_image(self.data[i][self.image_column])
+            region = seen_region(self.classifier.image_processor, picture.size)
+            drawn = (heatmap(maps[spec][i], picture.size, region) for spec in self.specs)
+            rows.append([picture, *(overlay(picture, found, region) for found in drawn)])
+        titles = [self.classifier.id2label[index] for index in classes]
+        return gallery(rows, ["image", *self.specs], titles)

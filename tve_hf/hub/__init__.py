@@ -1,0 +1,1 @@
+"""Share explainers: cards, code that travels with the weights, pushing, and what is there."""

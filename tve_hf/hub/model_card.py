@@ -1,0 +1,241 @@
+"""Render model cards from config and results: every number in a card is read from a JSON file that a command wrote."""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..evaluation.report import table_of
+from ..patches import as_pair
+from ..released import TAG
+
+TEMPLATES = Path(__file__).parent / "templates"
+# A picture in the checkpoint's folder, and the one in its place: that of the package's own explainer.
+PICTURE = "example.png"
+_CHELSEA = "https://raw.githubusercontent.com/tve-hf/tve_hf/main/docs/chelsea.png"
+
+
+def _table(rows: list[list[str]]) -> str:
+    header, *body = rows
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that a card depends on.
+
+    Raises:
+        ValueError: If it does not exist.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; a card needs it: run the command that measures it first.") from None
+
+
+def report_file(path: Path) -> Path:
+    """The report of an evaluation, given itself or the folder that `tve-hf evaluate` wrote."""
+    return path / "report.json" if path.is_dir() else path
+
+
+def task_of(path: Path) -> str:
+    """The name of an evaluation's task: that of the folder it was written to."""
+    return report_file(path).resolve().parent.name
+
+
+def _agreement(results: dict[str, dict[str, Any]]) -> str:
+    """Explainer against exact: one column for each task."""
+    lines = {
+        "classifier's accuracy": ("accuracy", "{:.1%}"),
+        "median Spearman with exact": ("median_spearman", "{:.2f}"),
+        "relative error of kept": ("mean_kept_error", "{:.2f}"),
+        "relative error of removed": ("mean_removed_error", "{:.3f}"),
+        "mean error of Eq. 7, nats": ("mean_error_nats", "{:.2f}"),
+        "median ε of Theorem 1": ("median_epsilon", "{:.2f}"),
+    }
+    rows = [["", *results], ["images", *(str(r["num_images"]) for r in results.values())]]
+    rows.append(["rule", *(f"`{r['settings']['rule']}`" for r in results.values())])
+    for title, (key, form) in lines.items():
+        rows.append([title, *(form.format(float(r["summary"][key])) for r in results.values())])
+    return _table(rows)
+
+
+def _fidelity(results: dict[str, dict[str, Any]]) -> str:
+    """The table of each report, of every method under each removal operator, under the name of its task."""
+    return "\n\n".join(f"### {task}\n\n{table_of(report)}" for task, report in results.items())
+
+
+def _shares(results: dict[str, dict[str, Any]]) -> str:
+    """How much of the exact maps' fidelity the explainer reaches, for each task and removal operator."""
+    return "; ".join(
+        f"on {task} "
+        + ", ".join(f"{rows['tve_share_of_exact']:.0%} ({removal})" for removal, rows in fidelity.items())
+        for task, fidelity in ((task, report["summary"]["fidelity"]) for task, report in results.items())
+    )
+
+
+def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    training = read_json(folder / "training.json")
+    arguments, last = training["arguments"], training["log"][-1]
+    picture = (PICTURE, "of this explainer") if (folder / PICTURE).is_file() else (_CHELSEA, "of the one in tve_hf")
+    return {
+        "picture": "![A photograph under its map, {1}]({0})".format(*picture),
+        "backbone": config["backbone_name"],
+        "fingerprint": config["backbone_fingerprint"],
+        "grid": " × ".join(str(side) for side in as_pair(config["grid_size"])),
+        "image": " × ".join(str(side) for side in config["image_size"]),
+        "hops": str(config["hops"]),
+        "embedding_dim": str(config["embedding_dim"]),
+        "agreement": _agreement(results),
+        "fidelity": _fidelity(results),
+        "shares": _shares(results),
+        "data": ", ".join(f"`{source}`" for source in _sources(arguments)),
+        "steps": str(last["step"]),
+        "images_per_second": f"{last['images_per_second']:.1f}",
+        "batch_size": str(arguments["batch_size"]),
+        "patches_per_image": str(arguments["patches_per_image"]),
+        "learning_rate": f"{arguments['learning_rate']:g}",
+        "num_epochs": str(arguments["num_epochs"]),
+        "seed": str(arguments["seed"]),
+    }
+
+
+def _pretrained_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Of an explainer that has been measured by nothing but its own run."""
+    training = read_json(folder / "training.json")
+    last, bad = training["log"][-1], training.get("bad_images", {"number": 0})
+    lines = {
+        "median Spearman with exact": "spearman",
+        "relative error of kept": "kept_error",
+        "relative error of removed": "removed_error",
+        "median ε of Theorem 1": "epsilon",
+        "Fidelity+ − Fidelity− AUC of its maps": "fidelity_gap",
+        "the same of exact maps": "exact_fidelity_gap",
+    }
+    measured = [[title, f"{float(last[key]):.3f}"] for title, key in lines.items() if key in last]
+    side = config["grid_size"]
+    rows, columns = side if isinstance(side, list) else (side, side)
+    given = training["arguments"].items()
+    told = {name: value for name, value in given if name != "output_dir" and value not in (None, [], False, 0)}
+    return {
+        "backbone": config["backbone_name"],
+        "fingerprint": config["backbone_fingerprint"],
+        "grid": f"{rows} × {columns}",
+        "image": " × ".join(str(side) for side in config["image_size"]),
+        "hops": str(config["hops"]),
+        "embedding_dim": str(config["embedding_dim"]),
+        "steps": str(last["step"]),
+        "measured": _table([["held-out images", ""], *measured]) if measured else "It was not measured.",
+        "bad_images": str(bad["number"]),
+        "settings": "\n".join(f"- `{name}`: `{value}`" for name, value in told.items()),
+    }
+
+
+def _classifier_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    training = read_json(folder / "training.json")
+    accuracy = training["test_accuracy"] if "test_accuracy" in training else training["log"][-1]["test_accuracy"]
+    settings = "\n".join(f"- `{name}`: `{value}`" for name, value in training["arguments"].items())
+    return {
+        "accuracy": f"{accuracy:.1%}",
+        "classes": str(len(config["id2label"])),
+        "image_size": str(config["image_size"]),
+        "patch_size": str(config["patch_size"]),
+        "settings": settings,
+    }
+
+
+def _sources(arguments: dict[str, Any]) -> list[str]:
+    """What was trained on, as the training command was told: a data set, files or patterns."""
+    told = arguments.get("dataset_name") or arguments.get("train_files") or []
+    return [told] if isinstance(told, str) else told
+
+
+def _on_the_hub(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def _datasets(arguments: dict[str, Any], tasks: Iterable[str]) -> list[str]:
+    """Names of the training data: repositories of the Hub, and folders that are called as one of the tasks."""
+    names = []
+    for source in _sources(arguments):
+        parts = source.removeprefix("hf://datasets/").split("/")
+        if source.startswith("hf://datasets/"):
+            names.append("/".join(parts[:2]).partition("@")[0])
+        elif len(parts) > 1 and parts[-2] in tasks:
+            names.append(parts[-2])
+        elif source == arguments.get("dataset_name") and _on_the_hub(source):
+            names.append(source)
+    return list(dict.fromkeys(names))
+
+
+def _metrics(results: dict[str, dict[str, Any]]) -> list[EvalResult]:
+    """Agreement with exact, and the fidelity of the maps under each removal operator, of each task."""
+    found = []
+    for task, report in results.items():
+        values = [("spearmanr", "median Spearman with exact", report["summary"]["median_spearman"])]
+        for removal, rows in report["summary"]["fidelity"].items():
+            name = f"Fidelity+ AUC less Fidelity- AUC, removed pixels: {removal}"
+            values.append((f"fidelity_gap_{removal}", name, rows["tve"]["gap"][0]))
+        found += [
+            EvalResult("image-classification", task, task, metric, float(value), metric_name=name)
+            for metric, name, value in values
+        ]
+    return [result for result in found if math.isfinite(result.metric_value)]
+
+
+# How a checkpoint is described, by its model_type and whether there are results: template, values, tags for the Hub.
+_KINDS: dict[str, tuple[str, Any, list[str]]] = {
+    "tve": ("explainer.md", _explainer_values, [TAG, "explainability", "transferable-attribution"]),
+    "tve alone": ("pretrained.md", _pretrained_values, [TAG, "explainability", "transferable-attribution"]),
+}
+_CLASSIFIER = ("classifier.md", _classifier_values, [TAG])
+
+
+def render_card(
+    folder: Path, results: list[Path], repo_id: str | None = None, license: str | None = None
+) -> ModelCard:
+    """Render the card of a checkpoint.
+
+    Args:
+        folder: checkpoint with config.json and training.json.
+        results: what `tve-hf evaluate` wrote, one folder or report.json for each task, whose name is the folder's.
+        repo_id: name to load the checkpoint by in the card's code; that of the folder by default.
+        license: of the weights, by its name on the Hub; only who releases them knows it, so the card names none by
+            default.
+
+    Raises:
+        ValueError: If a file or a number is missing, or two reports are of tasks of one name.
+    """
+    config = read_json(folder / "config.json")
+    kind = config["model_type"] if results else f"{config['model_type']} alone"
+    template, values_of, tags = _KINDS.get(kind, _CLASSIFIER)
+    reports = {task_of(path): read_json(report_file(path)) for path in results}
+    if len(reports) < len(results):
+        raise ValueError(f"Two reports of one task among {', '.join(map(str, results))}; put them in other folders.")
+    repo = repo_id or folder.name
+    name = repo.rpartition("/")[2]
+    backbone = config.get("backbone_name") or ""
+    try:
+        values = values_of(folder, config, reports) | {"name": name, "repo": repo}
+        values["licence"] = f"`{license}`" if license else "none is named"
+        data = ModelCardData(
+            library_name="transformers",
+            license=license,
+            pipeline_tag="image-classification",
+            base_model=backbone if _on_the_hub(backbone) else None,
+            datasets=_datasets(read_json(folder / "training.json")["arguments"], reports) or None,
+            tags=tags,
+            model_name=name if reports else None,
+            eval_results=_metrics(reports) if reports else None,
+        )
+    except (LookupError, TypeError) as error:
+        raise ValueError(
+            f"The card of {folder} lacks a number ({error!r}): training.json or a report is incomplete; make it again."
+        ) from error
+    text = Template((TEMPLATES / template).read_text()).substitute(values)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
