@@ -14,12 +14,16 @@ PACKAGE = ROOT / "tve_hf"
 # A module may import from a smaller number only; members of a sub-package share one, and may import each other.
 LAYERS = {
     "removals": 0,
+    "coalitions": 0,
+    "additive": 0.1,
+    "sampling": 1.6,
+    "held_out_coalitions": 2.55,
     "patches": 0.2,
     "fingerprint": 0,
     "images": 0,
     "pretrained_cfg": 0,
     "inputs": 0,
-    "configuration_tve": 0,
+    "configuration_tve": 0.05,
     "configuration_shapley": 0.1,
     "strict_json": 0,
     "comparison": 0,
@@ -63,6 +67,7 @@ LAYERS = {
     "pretraining_images": 2.4,
     "pretraining_data": 2.5,
     "pretraining_model": 2.5,
+    "pretraining_labels": 2.45,
     "processes": 2.4,
     "checkpointing": 2.5,
     "label_cache": 2.6,
@@ -77,6 +82,8 @@ LAYERS = {
 }
 # The explainers' own files, which go to the Hub with the weights.
 COPIED = {
+    "additive",
+    "coalitions",
     "configuration_shapley",
     "configuration_tve",
     "modeling_shapley",
