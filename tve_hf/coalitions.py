@@ -2,8 +2,8 @@
 
 "Learning Meta-attribution for Transferable Vision Explainer", arXiv 2312.15359. A distribution is a function that
 draws pairs: each coalition comes with an antithetic one, its complement wherever patches are kept as often as removed.
-Pairs leave a distribution as it is, and halve the variance of what is learnt from it. Random through a generator on the
-CPU alone.
+Pairs leave a distribution as it is, and lower the variance of what is learnt from it. Random through a generator on
+the CPU alone.
 
 Shapes: B images, K coalitions of each, N = rows * cols patches (row-major).
 """
@@ -46,16 +46,14 @@ class Coalitions(NamedTuple):
             )
         if rows * columns < 2:
             raise ValueError(
-                f"Coalitions of a grid of {rows} x {columns} patches are all empty or full; choose a finer grid."
+                f"Coalitions on a grid of {rows} x {columns} patches are empty or full; choose a finer grid."
             )
         if self.name == "independent" and not 0 < self.prob < 1:
-            raise ValueError(
-                f"coalition_prob is {self.prob}, which keeps all patches or none; choose a probability between 0 and 1."
-            )
+            raise ValueError(f"coalition_prob is {self.prob}, which is always or never; choose one between 0 and 1.")
         if self.name == "smooth" and not 0 < self.scale < max(grid):
             raise ValueError(
-                f"coalition_scale is {self.scale} patches, which does not fit a grid of {rows} x {columns}; choose one "
-                f"above 0 and below {max(grid)}."
+                f"coalition_scale is {self.scale}, which does not fit a grid of {rows} x {columns} patches; choose "
+                f"one above 0 and below {max(grid)}."
             )
 
     def draw(self, batch_size: int, number: int, grid: tuple[int, int], generator: Generator) -> Tensor:
@@ -77,7 +75,7 @@ def check_number(number: int, name: str = "coalitions_per_image") -> None:
 
 
 def independent(how: Coalitions, pairs: int, grid: tuple[int, int], generator: Generator) -> Tensor:
-    """Keep each patch with probability p, independently: those of u < p, and of 1 - u < p, u uniform. (pairs, 2, N)."""
+    """Keep each patch with probability p by itself: where u < p, and where 1 - u <= p, u uniform, (pairs, 2, N)."""
     u = torch.rand(pairs, grid[0] * grid[1], generator=generator, dtype=torch.float64)
     return torch.stack([u < how.prob, u >= 1 - how.prob], 1)
 

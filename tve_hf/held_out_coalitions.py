@@ -1,4 +1,4 @@
-"""Watch an explainer of random backgrounds on held-out images while it learns: how well it foretells fresh coalitions."""
+"""Watch an explainer of random backgrounds while it learns: how well it foretells held-out images' embeddings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -49,8 +49,8 @@ class HeldOutCoalitions(HeldOut):
 
         Returns:
             Medians of `embedding_r2`, the share of an image's variance over coalitions that the prediction accounts
-            for, `logit_r2` and `logit_pearson`, of the predicted class's logit, and `spearman` with sampled maps; means
-            of `fidelity_gap` and `sampled_fidelity_gap`; and a picture of some images beside both maps.
+            for, `logit_r2` and `logit_pearson`, of the predicted class's logit, and `spearman` with sampled maps;
+            means of `fidelity_gap` and `sampled_fidelity_gap`; and a picture of some images beside both maps.
         """
         found = explainer(pixel_values=self.pixel_values, features=self.seen.features, embeddings=self.seen.embeddings)
         prob = self.config.distribution.keep_prob

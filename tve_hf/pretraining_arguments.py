@@ -141,8 +141,8 @@ def _check_states(args: PretrainArguments) -> None:
             )
     if not 1 <= len(args.label_removals) <= args.coalitions_per_image // 2:
         raise ValueError(
-            f"label_removals names {len(args.label_removals)} operators, of which each needs a pair of coalitions; name "
-            f"at least one, and pass coalitions_per_image={max(2, 2 * len(args.label_removals))} or more."
+            f"label_removals names {len(args.label_removals)} operators, and each needs a pair of coalitions; name at "
+            f"least one, and pass coalitions_per_image={max(2, 2 * len(args.label_removals))} or more."
         )
     if grid is not None:
         Coalitions(args.coalitions, args.coalition_prob, args.coalition_scale).check(grid)

@@ -77,7 +77,7 @@ def label_weights(classifier: SplitClassifier, config: TVEConfig, pixel_values: 
 
     They are the mean variance over the variance of each dimension, of kept and of removed - G(x), which are what is to
     be learnt. For random backgrounds one over the variance within an image, and over D: a loss of 1 then says no more
-    than each image's mean. A dimension that hardly moves gets no more than a hundred times the mean weight of its part.
+    than each image's mean. A dimension that hardly moves gets at most a hundred times the mean weight of its part.
 
     Args:
         pixel_values: images to measure the variances on, (B, 3, H, W).

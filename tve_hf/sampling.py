@@ -49,9 +49,9 @@ def sampled_meta_attribution(
 ) -> SampledMetaAttribution:
     """Estimate E[G(S) | z in S] and E[G(S) | z not in S] from `num_samples` masked passes an image, for every head.
 
-    The same coalitions serve all images, so an image's answer does not depend on its batch. Where there are few samples
-    for many patches a ridge penalty shrinks phi; generalised cross-validation chooses it for each image, and it
-    vanishes as samples grow. With "shapley" coalitions sum over z of phi_z = G(x) - G(empty image).
+    The same coalitions serve all images, so an image's answer does not depend on its batch. Where samples are few for
+    many patches a ridge penalty shrinks phi; generalised cross-validation chooses it for each image, and it vanishes
+    as samples grow. With "shapley" coalitions sum over z of phi_z = G(x) - G(empty image).
 
     Args:
         classifier: its backbone is G.
