@@ -15,12 +15,12 @@ from typing import Any
 import torchvision_ops as torchvision_ops  # before transformers, which imports torchvision where there is one
 from accelerate.state import DistributedType, PartialState
 
-from tve_hf.pretrain import loop
+from tve_hf.pretrain import labels
 
 if os.environ["ACCELERATE_USE_CPU"] == "false":
     PartialState._prepare_backend = lambda self, *settings: ("gloo", DistributedType.MULTI_GPU)
 
-sample_patches, calls = loop.sample_patches, []
+sample_patches, calls = labels.sample_patches, []
 
 
 def stop_in_step_4(*arguments: Any) -> Any:
@@ -36,7 +36,7 @@ def stop_in_step_4(*arguments: Any) -> Any:
 
 
 if "STOP" in os.environ:
-    loop.sample_patches = stop_in_step_4
+    labels.sample_patches = stop_in_step_4
 script = Path(__file__).resolve().parents[1] / "examples" / "pretrain.py"
 sys.argv[0] = str(script)
 runpy.run_path(str(script), run_name="__main__")

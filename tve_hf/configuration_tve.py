@@ -8,6 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, ViTMAEConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .coalitions import Coalitions
+
 # Far more than any model has; building millions from a few bytes of JSON would take hours.
 _MAX_LAYERS = 1000
 
@@ -103,9 +105,16 @@ class TVEConfig(BackboneReaderConfig):
     r"""Describe a [`TVEExplainer`]: its trunk, its patch grid and the backbone G that it was trained to imitate.
 
     The image is cut into a grid of patches and the explainer predicts, for every patch z, G of the image with only the
-    neighbourhood N(z) visible and G of the image with only N(z) hidden (TVE, arXiv 2312.15359, Eq. 6).
+    neighbourhood N(z) visible and G of the image with only N(z) hidden (TVE, arXiv 2312.15359, Eq. 6). Or, for random
+    backgrounds, the means of G over coalitions S of patches with z and of those without it (Eq. 3; see `additive.py`).
 
     Args:
+        backgrounds: `"antithetical"`, the two states of Eq. 6; or `"random"`, the means of Eq. 3.
+        coalitions: random backgrounds: the distribution of S, one of `coalitions.COALITIONS`. `"shapley"` predicts
+            Shapley values, which sum to G(x) - G(empty image).
+        coalition_prob: `"independent"` coalitions: probability with which each patch is kept.
+        coalition_scale: `"smooth"` coalitions: standard deviation of the blur of their fields, in patches.
+        label_removals: random backgrounds: what replaced removed pixels in training, one or several operators in turn.
         trunk: `"backbone"` reads the features that the backbone computes anyway and predicts differences of
             embeddings; `"vit_mae"` is the paper's: it reads pixels only, through a Mask-AutoEncoder and mixer heads.
         image_size: height and width of the normalised image, in pixels; one number means square.
@@ -151,10 +160,26 @@ class TVEConfig(BackboneReaderConfig):
     trunk: Literal["backbone", "vit_mae"] = "backbone"
     hops: int = 2
 
+    backgrounds: Literal["antithetical", "random"] = "antithetical"
+    coalitions: Literal["smooth", "independent", "uniform", "shapley"] = "smooth"
+    coalition_prob: float = 0.5
+    coalition_scale: float = 0.7
+    label_removals: list[str] = field(default_factory=lambda: ["zero"])
+
     mae_config: dict | PreTrainedConfig | None = None
     num_head_layers: int = 17
     activate_first_head_layer: bool = True
     shared_trunk: bool = True
+
+    @property
+    def distribution(self) -> Coalitions:
+        """The distribution of coalitions, of random backgrounds."""
+        return Coalitions(self.coalitions, self.coalition_prob, self.coalition_scale)
+
+    @property
+    def is_efficient(self) -> bool:
+        """Whether phi sums to G(x) - G(empty image), as Shapley values do."""
+        return self.backgrounds == "random" and self.coalitions == "shapley"
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Turn `mae_config` into a config object, and give the Mask-AutoEncoder trunk one if it has none."""
@@ -178,6 +203,10 @@ class TVEConfig(BackboneReaderConfig):
         layers = ("num_hidden_layers", "decoder_num_hidden_layers")
         _check_range(0, {f"mae_config.{name}": getattr(self.mae_config, name, 0) for name in layers}, most=_MAX_LAYERS)
         self._validate_mae()
+        if self.backgrounds == "random":
+            self.distribution.check(self.grid_shape)
+            if not self.label_removals:
+                raise ValueError('label_removals is empty, name what replaces removed pixels, for example ["zero"].')
 
     def _validate_mae(self) -> None:
         """Check that the Mask-AutoEncoder cuts the image into exactly the patches of the grid."""

@@ -5,7 +5,11 @@ patch z with neighbourhood N(z), the explainer E approximates (Eq. 6)
 
     kept_z = G(N(z); x)        removed_z = G(Z \\ N(z); x)
 
-Shapes: B images, N = rows * cols patches (row-major), D = embedding_dim, k sampled patches.
+or, with `config.backgrounds="random"`, the means over random backgrounds (Eq. 3; `additive.py`)
+
+    kept_z = E[G(S; x) | z in S]        removed_z = E[G(S; x) | z not in S]
+
+Shapes: B images, N = rows * cols patches (row-major), D = embedding_dim, k sampled patches, K coalitions of patches.
 """
 
 from collections.abc import Iterable
@@ -19,6 +23,7 @@ from transformers import initialization as init
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .additive import efficient, embedding_of, kept_and_removed
 from .configuration_tve import BackboneReaderConfig, TVEConfig
 from .trunk_backbone import TVEBackboneReader, TVEBackboneTrunk, TVEDifferenceHead
 from .trunk_vit_mae import TVEMAETrunk, sincos_positions
@@ -30,7 +35,8 @@ class TVEExplainerOutput(ModelOutput):
     """Output of [`TVEExplainer`].
 
     Args:
-        loss: Eq. 8, scalar, float32, in squared units of the embedding; only when labels are given.
+        loss: Eq. 8, scalar, float32, in squared units of the embedding; only when labels are given. For random
+            backgrounds the mean squared distance of the embeddings of coalitions from their labels.
         kept_loss: its first term, the mean squared distance of kept from its labels.
         removed_loss: its second term, the same for removed.
         kept: predicted embedding with only the neighbourhood of each patch visible, (B, N, D), or (B, k, D) of the
@@ -84,6 +90,8 @@ class TVEPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
             if isinstance(module, TVEBackboneTrunk):
                 init.zeros_(module.empty_embedding)
+        elif isinstance(module, TVEMAETrunk) and module.empty_embedding is not None:
+            init.zeros_(module.empty_embedding)
         elif isinstance(module, ViTMAEDecoder):
             init.copy_(module.decoder_pos_embed, sincos_positions(module.decoder_pos_embed))
 
@@ -151,6 +159,8 @@ class TVEExplainer(TVEPreTrainedModel):
         kept_labels: torch.Tensor | None = None,
         removed_labels: torch.Tensor | None = None,
         label_weights: torch.Tensor | None = None,
+        coalitions: torch.Tensor | None = None,
+        coalition_labels: torch.Tensor | None = None,
     ) -> TVEExplainerOutput:
         """Predict kept and removed, of all patches or of those asked for; with labels, also the loss (Eq. 8).
 
@@ -164,12 +174,22 @@ class TVEExplainer(TVEPreTrainedModel):
             patch_idx: row-major indices of the patches to predict, int64, (B, k); None means all N.
             kept_labels: exact G(N(z); x) of these patches, (B, k, D).
             removed_labels: exact G(Z \\ N(z); x) of these patches, (B, k, D).
-            label_weights: of the squares in each dimension of kept and of removed, (2, D); 1 by default.
+            label_weights: of the squares in each dimension of kept and of removed, (2, D); 1 by default. For random
+                backgrounds (D,).
+            coalitions: random backgrounds: sets S of patches, boolean, (B, K, N).
+            coalition_labels: G(S; x) of these, (B, K, D).
 
         Raises:
             ValueError: an input that the trunk needs is missing or has the wrong shape, or labels are incomplete.
         """
         pixel_values = self._check_pixel_values(pixel_values)
+        if self.config.backgrounds == "random":
+            if kept_labels is not None or removed_labels is not None:
+                raise ValueError('backgrounds="random" learns from coalitions, pass coalition_labels.')
+            read = features, embeddings, patch_idx
+            return self._over_random_backgrounds(pixel_values, *read, coalitions, coalition_labels, label_weights)
+        if coalition_labels is not None:
+            raise ValueError('backgrounds="antithetical" learns from patches, pass kept_labels and removed_labels.')
         kept, removed = self.trunk(pixel_values, features, embeddings, patch_idx)  # (B, k, D) each
         if kept_labels is None and removed_labels is None:
             return TVEExplainerOutput(kept=kept, removed=removed)
@@ -181,6 +201,34 @@ class TVEExplainer(TVEPreTrainedModel):
         return TVEExplainerOutput(
             loss=kept_loss + removed_loss, kept_loss=kept_loss, removed_loss=removed_loss, kept=kept, removed=removed
         )
+
+    def _over_random_backgrounds(
+        self,
+        pixel_values: torch.Tensor,
+        features: tuple[torch.Tensor, ...] | None,
+        embeddings: torch.Tensor | None,
+        patch_idx: torch.Tensor | None,
+        coalitions: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        weights: torch.Tensor | None,
+    ) -> TVEExplainerOutput:
+        """`forward` for `backgrounds="random"`."""
+        prob = self.config.distribution.keep_prob
+        phi, base = self.trunk(pixel_values, features, embeddings)  # (B, N, D) and (B, D)
+        if self.config.is_efficient:
+            if embeddings is None or self.empty_embedding is None:
+                raise ValueError(
+                    'coalitions="shapley" needs embeddings, G(x) of shape (B, D); pass the classifier\'s.'
+                )
+            phi, base = efficient(phi, self.empty_embedding, embeddings, prob)
+        asked = phi if patch_idx is None else phi.take_along_dim(patch_idx[..., None], dim=1)
+        kept, removed = kept_and_removed(asked, base, prob)
+        if labels is None:
+            return TVEExplainerOutput(kept=kept, removed=removed)
+        if coalitions is None:
+            raise ValueError("coalition_labels are of unknown coalitions, pass coalitions, boolean (B, K, N), too.")
+        loss = _mean_squared_distance(embedding_of(coalitions, phi, base, prob), labels, weights)
+        return TVEExplainerOutput(loss=loss, kept=kept, removed=removed)
 
 
 def _mean_squared_distance(

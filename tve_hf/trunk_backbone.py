@@ -128,11 +128,17 @@ class TVEBackboneTrunk(TVEBackboneReader):
     kept_z = G(empty image) + dg_z and removed_z = G(x) + dh_z: hiding one neighbourhood moves the embedding a little,
     showing only one leaves it near that of the empty image. Both differences start at zero. This trunk is not in the
     paper, whose explainer reads pixels only.
+
+    For random backgrounds it predicts phi_z and, as a mean over the patches, how far base is from what it would be if
+    the embedding changed evenly from G(empty image) to G(x); both start at zero too.
     """
+
+    heads = ("differences",)  # modules whose outputs mean something else for other backgrounds
 
     def __init__(self, config: TVEConfig) -> None:
         super().__init__(config)
         self.empty_embedding: torch.Tensor
+        self.keep_prob = config.distribution.keep_prob
         self.differences = TVEDifferenceHead(config.hidden_size, 2 * config.embedding_dim)
         self.register_buffer("empty_embedding", torch.zeros(config.embedding_dim))
 
@@ -143,8 +149,15 @@ class TVEBackboneTrunk(TVEBackboneReader):
         embeddings: torch.Tensor | None,
         patch_idx: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return kept and removed of the patches (B, k), (B, k, D), in the precision of `embeddings` or better."""
+        """Return kept and removed of the patches (B, k), (B, k, D), in the precision of `embeddings` or better.
+
+        For random backgrounds phi (B, k, D) and base (B, D), which is a mean over the patches asked for.
+        """
         hidden, embeddings = self.read(pixel_values, features, embeddings, patch_idx)
+        if self.config.backgrounds == "random":
+            phi, base_change = self.differences(hidden).chunk(2, dim=-1)  # 2 x (B, k, D)
+            evenly = torch.lerp(self.empty_embedding, embeddings.to(self.empty_embedding.dtype), self.keep_prob)
+            return phi, evenly + base_change.mean(1)
         kept_change, removed_change = self.differences(hidden).chunk(2, dim=-1)  # 2 x (B, k, D)
         # Added to the embeddings as given: rounding them to bfloat16 weights would cost more than the differences.
         return self.empty_embedding.to(embeddings.dtype) + kept_change, embeddings[:, None] + removed_change

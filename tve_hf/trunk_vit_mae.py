@@ -136,11 +136,14 @@ class TVEMixerHead(nn.Module):
 class TVEMAETrunk(nn.Module):
     """The paper's trunk: pixels, Mask-AutoEncoder, one head for kept and one for removed."""
 
-    empty_embedding = None  # predicts embeddings, not differences from that of the empty image
+    heads = ("kept_head", "removed_head")  # modules whose outputs mean something else for other backgrounds
 
     def __init__(self, config: TVEConfig) -> None:
         super().__init__()
         self.config = config
+        self.empty_embedding: torch.Tensor | None
+        # It predicts embeddings, not differences from that of the empty image, which only Shapley values are bound to.
+        self.register_buffer("empty_embedding", torch.zeros(config.embedding_dim) if config.is_efficient else None)
         self.autoencoders = nn.ModuleList(TVEMaskedAutoEncoder(config) for _ in range(1 if config.shared_trunk else 2))
         self.kept_head = TVEMixerHead(config)
         self.removed_head = TVEMixerHead(config)
@@ -152,9 +155,16 @@ class TVEMAETrunk(nn.Module):
         embeddings: torch.Tensor | None,
         patch_idx: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return kept and removed of the patches (B, k), (B, k, D); only the pixels are read."""
+        """Return kept and removed of the patches (B, k), (B, k, D); only the pixels are read.
+
+        For random backgrounds phi (B, N, D) and base (B, D), of all patches.
+        """
         hidden = [autoencoder(pixel_values) for autoencoder in self.autoencoders]  # 1 or 2 x (B, 1 + N, width)
         kept, removed = self.kept_head(hidden[0]), self.removed_head(hidden[-1])  # 2 x (B, N, D)
+        if self.config.is_efficient:  # what the base is then follows from phi
+            return kept + removed, removed.mean(1)
+        if self.config.backgrounds == "random":
+            return kept, removed.mean(1)
         if patch_idx is None:
             return kept, removed
         # The heads mix the patches, so all of them are needed up to here.

@@ -121,7 +121,7 @@ def test_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, monkeypatch
     settings["normalize_labels"] = normalized
     whole = pretrain(PretrainArguments(**settings)).state_dict()
     settings["output_dir"] = str(tmp_path / "killed")
-    sample, steps = tve_hf.pretrain.loop.sample_patches, []
+    sample, steps = tve_hf.pretrain.labels.sample_patches, []
 
     def kill(*arguments):
         steps.append(1)
@@ -129,7 +129,7 @@ def test_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return sample(*arguments)
 
-    monkeypatch.setattr(tve_hf.pretrain.loop, "sample_patches", kill)
+    monkeypatch.setattr(tve_hf.pretrain.labels, "sample_patches", kill)
     with pytest.raises(KeyboardInterrupt):
         pretrain(PretrainArguments(**settings))
     assert not (tmp_path / "killed" / "model.safetensors").exists()
@@ -319,7 +319,7 @@ def at_call(number, then, function):
 
 # Where a run of six steps and three checkpoints is killed: what stands for which function, at which call.
 KILLS = {
-    "in a step": ("tve_hf.pretrain.loop.sample_patches", 4),
+    "in a step": ("tve_hf.pretrain.labels.sample_patches", 4),
     "before a checkpoint": ("accelerate.Accelerator.save_state", 2),
     "weights written": ("accelerate.checkpointing.torch.save", 5),
     "all but progress written": ("tve_hf.pretrain.checkpointing.settle", 2),
@@ -405,7 +405,7 @@ def test_signals_save_and_end(settings, parquet, tmp_path, number, streaming):
             return sample_patches(*arguments)
 
         os.setpgrp()
-        tve_hf.pretrain.loop.sample_patches = at_call(4, send, sample_patches)
+        tve_hf.pretrain.labels.sample_patches = at_call(4, send, sample_patches)
         pretrain(PretrainArguments(**settings))
 
     assert in_a_fork(signalled) == 128 + number
@@ -461,7 +461,7 @@ def test_a_limit_on_file_size_is_a_full_disk_too(whole, tmp_path):
 
 def test_changed_settings_are_refused_by_name(whole, tmp_path, monkeypatch):
     settings = whole[0] | {"output_dir": str(tmp_path / "run")}
-    monkeypatch.setattr(tve_hf.pretrain.loop, "sample_patches", at_call(3, full, sample_patches))
+    monkeypatch.setattr(tve_hf.pretrain.labels, "sample_patches", at_call(3, full, sample_patches))
     with pytest.raises(OSError):
         pretrain(PretrainArguments(**settings))
     AcceleratorState._reset_state(True)
@@ -476,7 +476,7 @@ def test_changed_settings_are_refused_by_name(whole, tmp_path, monkeypatch):
 def test_old_checkpoints_without_settings_are_resumed(whole, tmp_path, monkeypatch):
     settings, weights, _ = whole
     settings = settings | {"output_dir": str(tmp_path / "run")}
-    monkeypatch.setattr(tve_hf.pretrain.loop, "sample_patches", at_call(4, full, sample_patches))
+    monkeypatch.setattr(tve_hf.pretrain.labels, "sample_patches", at_call(4, full, sample_patches))
     with pytest.raises(OSError):
         pretrain(PretrainArguments(**settings))
     path = tmp_path / "run" / "checkpoint-2" / "progress.json"

@@ -39,12 +39,12 @@ def test_a_second_run_is_kept_out_until_the_first_is_killed(settings, tmp_path, 
         return sample_patches(*arguments)
 
     settings["dataloader_num_workers"] = 1
-    monkeypatch.setattr(tve_hf.pretrain.loop, "sample_patches", hang)
+    monkeypatch.setattr(tve_hf.pretrain.labels, "sample_patches", hang)
     first = multiprocessing.get_context("fork").Process(target=lambda: pretrain(PretrainArguments(**settings)))
     first.start()
     try:
         assert arrived.wait(120)
-        monkeypatch.setattr(tve_hf.pretrain.loop, "sample_patches", sample_patches)
+        monkeypatch.setattr(tve_hf.pretrain.labels, "sample_patches", sample_patches)
         with pytest.raises(
             OSError, match=rf"Another run \(process {first.pid} on .*\) is writing in .*run; wait for it"
         ):
@@ -86,7 +86,7 @@ def test_processes_that_are_not_joined_are_refused(settings, tmp_path, monkeypat
     assert not list((tmp_path / "run").iterdir())
 
 
-@pytest.mark.parametrize("moment", ["tve_hf.pretrain.loop.sample_patches", "accelerate.Accelerator.save_state"])
+@pytest.mark.parametrize("moment", ["tve_hf.pretrain.labels.sample_patches", "accelerate.Accelerator.save_state"])
 def test_a_killed_worker_is_told_and_the_next_start_resumes(settings, tmp_path, monkeypatch, moment):
     """Killed in a step, or while a checkpoint is being written: then it is not the disk that is blamed."""
     settings["dataloader_num_workers"] = 1

@@ -109,13 +109,17 @@ def _pretrained_values(folder: Path, config: dict[str, Any], results: dict[str, 
     """Of an explainer that has been measured by nothing but its own run."""
     training = read_json(folder / "training.json")
     last, bad = training["log"][-1], training.get("bad_images", {"number": 0})
+    whose = "sampled" if config.get("backgrounds") == "random" else "exact"
     lines = {
-        "median Spearman with exact": "spearman",
+        f"median Spearman with {whose}": "spearman",
         "relative error of kept": "kept_error",
         "relative error of removed": "removed_error",
         "median ε of Theorem 1": "epsilon",
         "Fidelity+ − Fidelity− AUC of its maps": "fidelity_gap",
         "the same of exact maps": "exact_fidelity_gap",
+        "median R² of the embeddings of fresh coalitions": "embedding_r2",
+        "median R² of the predicted class's logit on them": "logit_r2",
+        "Fidelity+ − Fidelity− AUC of sampled maps": "sampled_fidelity_gap",
     }
     measured = [[title, f"{float(last[key]):.3f}"] for title, key in lines.items() if key in last]
     side = config["grid_size"]

@@ -7,7 +7,8 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from ..patches import as_pair
+from ..coalitions import Coalitions, check_number
+from ..patches import REMOVALS, TOKEN_DROP, as_pair
 
 # What may differ when a run is resumed, for the weights do not feel it.
 CHANGEABLE = {
@@ -67,7 +68,14 @@ class PretrainArguments:
     num_hidden_layers: int = _field(2, "Its transformer layers.")
     num_attention_heads: int = _field(4, "Heads of each.")
 
+    backgrounds: str = _field("antithetical", "antithetical, the paper's two states (Eq. 6), or random (Eq. 3).")
+    coalitions: str = _field("smooth", "Distribution of random backgrounds: smooth, independent, uniform or shapley.")
+    coalition_prob: float = _field(0.5, "Of independent ones: with which each patch is kept.")
+    coalition_scale: float = _field(0.7, "Of smooth ones: deviation of the fields' blur, in patches.")
+    label_removals: list[str] = _field(["zero"], "What replaces removed pixels of random backgrounds, in turn.")
+
     patches_per_image: int = _field(8, "k: neighbourhoods sampled per image and step.")
+    coalitions_per_image: int = _field(16, "K: random backgrounds sampled per image and step, in pairs.")
     batch_size: int = _field(64, "Images per process and forward pass.")
     gradient_accumulation_steps: int = _field(1, "Forward passes per step.")
     num_epochs: int = _field(2, "Passes over the images.")
@@ -91,6 +99,11 @@ class PretrainArguments:
     hub_model_id: str | None = _field(None, "Repository to upload to; the name of output_dir by default.")
     hub_private_repo: bool = _field(False, "Make a new repository private.")
 
+    def states(self) -> dict[str, Any]:
+        """What embeddings the explainer predicts the means of, as `TVEConfig` has it."""
+        names = ("backgrounds", "coalitions", "coalition_prob", "coalition_scale", "label_removals")
+        return {name: getattr(self, name) for name in names}
+
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must have in common with its checkpoint."""
         return {name: value for name, value in asdict(self).items() if name not in CHANGEABLE}
@@ -104,6 +117,35 @@ def check_patches(number: int, grid: tuple[int, int]) -> None:
             f"patches_per_image={number} is more than the {rows * columns} patches of a grid of {rows} x {columns}; "
             "lower it."
         )
+
+
+def _check_states(args: PretrainArguments) -> None:
+    """Refuse backgrounds that do not exist, or that do not fit the grid."""
+    grid = None if args.grid_size is None else as_pair(args.grid_size)
+    if args.backgrounds == "antithetical":
+        if args.label_removals != ["zero"]:
+            raise ValueError(
+                'label_removals are those of random backgrounds; leave it out or pass backgrounds="random".'
+            )
+        if grid is not None:
+            check_patches(args.patches_per_image, grid)
+        return
+    if args.backgrounds != "random":
+        raise ValueError(f"Unknown backgrounds {args.backgrounds!r}; choose antithetical or random.")
+    check_number(args.coalitions_per_image)
+    for removal in args.label_removals:
+        if removal not in (*REMOVALS, TOKEN_DROP):
+            raise ValueError(
+                f"Unknown removal operator {removal!r} in label_removals; choose among {', '.join(REMOVALS)} and "
+                f"{TOKEN_DROP}."
+            )
+    if not 1 <= len(args.label_removals) <= args.coalitions_per_image // 2:
+        raise ValueError(
+            f"label_removals names {len(args.label_removals)} operators, and each needs a pair of coalitions; name at "
+            f"least one, and pass coalitions_per_image={max(2, 2 * len(args.label_removals))} or more."
+        )
+    if grid is not None:
+        Coalitions(args.coalitions, args.coalition_prob, args.coalition_scale).check(grid)
 
 
 def check(args: PretrainArguments) -> None:
@@ -128,8 +170,7 @@ def check(args: PretrainArguments) -> None:
     for name in ("streaming", "random_resized_crop"):
         if args.cache_labels and getattr(args, name):
             raise ValueError(f"cache_labels keeps labels of images that stay as they are; leave it or {name} out.")
-    if args.grid_size is not None:
-        check_patches(args.patches_per_image, as_pair(args.grid_size))
+    _check_states(args)
     installed = [str(tracker) for tracker in get_available_trackers()]
     for name in args.report_to:
         if name not in LOGGER_TYPE_TO_CLASS:

@@ -26,6 +26,8 @@ class HeldOut:
         config: the explainer's.
     """
 
+    reference = "exact"  # what the predicted maps are compared with
+
     @torch.no_grad()
     def __init__(self, classifier: SplitClassifier, pixel_values: Tensor, config: TVEConfig):
         self.classifier, self.pixel_values, self.config = classifier, pixel_values, config
@@ -73,7 +75,7 @@ class HeldOut:
             photo = self._photo(image)
             drawn = [overlay(photo, heatmap(values.float().unflatten(0, grid), photo.size)) for values in maps]
             rows.append([photo, *drawn])
-        return gallery(rows, ["image", "exact", "predicted"])
+        return gallery(rows, ["image", self.reference, "predicted"])
 
     def _photo(self, pixel_values: Tensor) -> Image.Image:
         """What the classifier sees of an image, (3, H, W), in its own colours."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,25 +21,31 @@ CHECKSUM_BYTES = 4
 class LabelCache:
     """Exact kept and removed of some patches of each image, in half precision, in one file.
 
-    The row of an image is (2, k, D) values and their CRC-32, at the place of its number. Where the checksum does not
+    For random backgrounds: of pairs of coalitions, with the masks of these as bits. The row of an image is (2, k, D)
+    values, the bits if there are any, and the CRC-32 of both, at the place of its number. Where the checksum does not
     hold, the row was never written, or a process was killed while it wrote. So processes may write at the same time,
     each its own images.
 
     Args:
         output_dir: folder of the file.
         images: their number.
-        patches: k, of each.
+        patches: k, of each; or pairs of coalitions.
         embedding_dim: D.
         anew: whether to remove what is there.
+        mask_bits: of the coalitions of an image together, K N; 0 if there are none.
 
     Raises:
         OSError: If the folder's disk has no room for all rows.
     """
 
-    def __init__(self, output_dir: Path, images: int, patches: int, embedding_dim: int, anew: bool):
+    def __init__(
+        self, output_dir: Path, images: int, patches: int, embedding_dim: int, anew: bool, mask_bits: int = 0
+    ):
         self.output_dir, self.path = output_dir, output_dir / FILE
         self.images, self.shape = images, (2, patches, embedding_dim)
-        self.row_bytes = 2 * patches * embedding_dim * torch.half.itemsize + CHECKSUM_BYTES
+        self.mask_bytes = (mask_bits + 7) // 8
+        self.value_bytes = 2 * patches * embedding_dim * torch.half.itemsize
+        self.row_bytes = self.value_bytes + self.mask_bytes + CHECKSUM_BYTES
         self.bytes = images * self.row_bytes
         if anew:
             self.path.unlink(missing_ok=True)
@@ -51,19 +58,23 @@ class LabelCache:
             )
         self.path.touch()
 
-    def labels(self, numbers: list[int], compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def labels(
+        self, numbers: list[int], compute: Callable[[], tuple[Tensor, Tensor]], states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Read kept and removed of a batch, (B, k, D) float16 each, after computing and keeping what is absent.
 
         Args:
             numbers: of the images.
             compute: gives kept and removed of them all, (B, k, D) each.
+            states: their coalitions, boolean (B, K, N), for random backgrounds.
 
         Raises:
             OSError: If they cannot be written.
-            ValueError: If they are too large for half precision.
+            ValueError: If they are too large for half precision, or those on disk are of other coalitions.
         """
+        masks = self._bits(states, len(numbers))
         with self.path.open("rb", buffering=0) as file:
-            rows = [self._read(file, number) for number in numbers]
+            rows = [self._read(file, *row) for row in zip(numbers, masks, strict=True)]
         if any(row is None for row in rows):
             # All images together, as rounding depends on how many they are, and what is kept stays: so labels are the
             # same to the bit whether or not a killed process had kept some of them before.
@@ -74,20 +85,31 @@ class LabelCache:
             with writing("The exact labels", self.output_dir), self.path.open("r+b", buffering=0) as file:
                 for place, values in enumerate(half.cpu()):
                     if rows[place] is None:
-                        self._write(file, numbers[place], values)
+                        self._write(file, numbers[place], values, masks[place])
                         rows[place] = values
         kept, removed = torch.stack([row for row in rows if row is not None]).unbind(1)
         return kept, removed
 
-    def _read(self, file: FileIO, number: int) -> Tensor | None:
+    def _bits(self, states: Tensor | None, batch: int) -> list[bytes]:
+        """The masks of each image's coalitions as bits."""
+        if states is None or not self.mask_bytes:
+            return [b""] * batch
+        return [row.tobytes() for row in np.packbits(states.cpu().flatten(1).numpy(), axis=1)]
+
+    def _read(self, file: FileIO, number: int, mask: bytes) -> Tensor | None:
         row = os.pread(file.fileno(), self.row_bytes, number * self.row_bytes)
         values = bytearray(row[:-CHECKSUM_BYTES])
         if len(row) < self.row_bytes or _checksum(values) != row[-CHECKSUM_BYTES:]:
             return None
-        return torch.frombuffer(values, dtype=torch.half).view(self.shape)
+        if values[self.value_bytes :] != mask:
+            raise ValueError(
+                f"{self.path} holds labels of other coalitions than this run draws; remove it, or go on with the "
+                "coalitions and the seed that it was made with."
+            )
+        return torch.frombuffer(values[: self.value_bytes], dtype=torch.half).view(self.shape)
 
-    def _write(self, file: FileIO, number: int, values: Tensor) -> None:
-        found = values.contiguous().numpy().tobytes()
+    def _write(self, file: FileIO, number: int, values: Tensor, mask: bytes) -> None:
+        found = values.contiguous().numpy().tobytes() + mask
         if os.pwrite(file.fileno(), found + _checksum(found), number * self.row_bytes) < self.row_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -17,45 +17,26 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..attribution import exact_meta_attribution
 from ..classifiers import split_classifier
 from ..files import dumps, write_whole
 from ..hub.model_card import render_card
 from ..hub.push import publish, writable
 from ..modeling_tve import TVEExplainer
-from ..patches import sample_patches
 from .arguments import PretrainArguments, check
 from .batches import Batch, batches_of, steps_of
 from .checkpointing import UNFINISHED, Progress, load_checkpoint, remove_unfinished, save_checkpoint, writing
 from .held_out import HeldOut
+from .held_out_coalitions import HeldOutCoalitions
 from .images import first_images, open_images
 from .label_cache import LabelCache
-from .model import (
-    build_explainer,
-    build_optimizer,
-    choose_attention,
-    label_weights,
-    with_sizes_of_explainer,
-)
+from .labels import LOSSES, draw, exact_labels, label_weights, model_inputs
+from .model import build_explainer, build_optimizer, choose_attention, with_sizes_of_explainer
 from .processes import StopSignals, alone_in, join_processes, over_processes, part_processes, telling_of_killed_workers
 
 logger = logging.get_logger(__name__)
 
 LABEL_IMAGES = 64  # of the training set, to measure the variances of --normalize_labels on
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def draw(args: PretrainArguments, turn: int, turns: int, images: int, num_patches: int) -> tuple[Tensor, Tensor]:
-    """Draw which images of a whole step are mirrored, (images,) bool, and their patches, (images, k).
-
-    Seeded by the step alone, so that neither resuming nor the number of processes changes what is drawn; or by an
-    image's number instead, so that no epoch does.
-    """
-    generator = torch.Generator().manual_seed(args.seed * turns + turn)
-    mirrored = torch.zeros(images, dtype=torch.bool)
-    if args.flip:
-        mirrored = torch.rand(images, generator=generator) < 0.5
-    return mirrored, sample_patches(images, num_patches, args.patches_per_image, generator)
 
 
 class _Run:
@@ -87,13 +68,14 @@ class _Run:
         self.label_weights: Tensor | None = None
         if args.normalize_labels:  # measured anew when a run is resumed: the same images and patches, so the same
             pixel_values = first_images(self.images, self.classifier, LABEL_IMAGES).to(accelerator.device)
-            _, patch_idx = draw(args, 0, self.steps, len(pixel_values), config.num_patches)
-            self.label_weights = label_weights(self.classifier, config, pixel_values, patch_idx)
+            _, states = draw(args, 0, self.steps, len(pixel_values), config)
+            self.label_weights = label_weights(self.classifier, config, pixel_values, states.to(accelerator.device))
         self.held_out: HeldOut | None = None
         if args.validation_files or args.validation_split:
             held = open_images(args, args.validation_files, args.validation_split or "train", args.streaming)
             pixel_values = first_images(held, self.classifier, args.validation_images)
-            self.held_out = HeldOut(self.classifier, pixel_values.to(accelerator.device), config)
+            watch = HeldOutCoalitions if config.backgrounds == "random" else HeldOut
+            self.held_out = watch(self.classifier, pixel_values.to(accelerator.device), config)
         self._prepare(explainer)
         self._resume()
 
@@ -120,7 +102,7 @@ class _Run:
             "number of images": self.images.number,
             "backbone_fingerprint": self.config.backbone_fingerprint,
         }
-        self.progress = Progress(settings)
+        self.progress = Progress(settings, sums=torch.zeros(len(LOSSES[self.config.backgrounds])))
         self.done, self.position = 0, (0, 0)
         saved = load_checkpoint(self.accelerator, self.output_dir, settings)
         if saved:
@@ -132,59 +114,66 @@ class _Run:
             self.accelerator.print(f"Resumed from step {self.done}.")
         self.labels: LabelCache | None = None
         if self.args.cache_labels:
-            sizes = self.images.number or 0, self.args.patches_per_image, self.config.embedding_dim
+            pairs, bits = self.args.patches_per_image, 0
+            if self.config.backgrounds == "random":
+                pairs = self.args.coalitions_per_image // 2
+                bits = self.args.coalitions_per_image * self.config.num_patches
+            sizes = self.images.number or 0, pairs, self.config.embedding_dim
             with self.accelerator.local_main_process_first():
                 # Without a checkpoint nothing says that what is there is of these settings and images.
                 anew = saved is None and self.accelerator.is_local_main_process
-                self.labels = LabelCache(self.output_dir, *sizes, anew)
+                self.labels = LabelCache(self.output_dir, *sizes, anew, bits)
             self.accelerator.print(f"Exact labels take up to {self.labels.bytes / 1e9:.3g} GB of {self.output_dir}.")
 
-    def loss(self, pixel_values: Tensor, mirrored: Tensor, patch_idx: Tensor, numbers: list[int]) -> Any:
-        """Eq. 8 on images (B, 3, H, W) of these numbers, mirrored where (B,) says so, and their patches, (B, k)."""
+    def loss(self, pixel_values: Tensor, mirrored: Tensor, states: Tensor, numbers: list[int]) -> Any:
+        """The loss on images (B, 3, H, W) of these numbers, mirrored where (B,) says so, and what was drawn of them.
+
+        Args:
+            states: patches, (B, k), for Eq. 8; or coalitions, boolean (B, K, N).
+        """
         device, config = self.teacher.device, self.config
-        pixel_values, patch_idx = pixel_values.to(device, non_blocking=True), patch_idx.to(device)
+        pixel_values, states = pixel_values.to(device, non_blocking=True), states.to(device)
         pixel_values = torch.where(mirrored.view(-1, 1, 1, 1).to(device), pixel_values.flip(-1), pixel_values)
         with torch.no_grad():  # not inference_mode, whose tensors the explainer could not keep for its backward pass
             images = pixel_values.to(self.teacher.dtype)
             seen = self.teacher.backbone(images)
-            exact = partial(exact_meta_attribution, self.teacher, images, config.grid_size, config.hops, patch_idx)
-            kept, removed = self.labels.labels(numbers, exact) if self.labels and numbers else exact()
+            exact = partial(exact_labels, self.teacher, images, states, config)
+            labels = self.labels.labels(numbers, exact, states) if self.labels and numbers else exact()
+        first, second = (values.to(device) for values in labels)
         return self.model(
             pixel_values=pixel_values,
             features=seen.features,
             embeddings=seen.embeddings,
-            patch_idx=patch_idx,
-            kept_labels=kept.to(device),
-            removed_labels=removed.to(device),
             label_weights=self.label_weights,
+            **model_inputs((first, second), states, config),
         )
 
     def step(self, batches: list[Batch], good: int) -> Tensor:
-        """Take one optimiser step; return this process's share of the kept and the removed loss, (2,).
+        """Take one optimiser step; return this process's share of the losses, (2,): kept and removed; or (1,).
 
         Args:
             batches: one for each forward pass.
             good: how many images all processes together could read for this step.
         """
         args, accelerator = self.args, self.accelerator
-        num_patches = self.config.num_patches
-        drawn = draw(args, self.done, self.steps, self.per_step, num_patches)
-        losses = torch.zeros(2)
+        parts = LOSSES[self.config.backgrounds]
+        drawn = draw(args, self.done, self.steps, self.per_step, self.config)
+        losses = torch.zeros(len(parts))
         for number, batch in enumerate(batches):
             rows = (number * self.world + self.rank) * args.batch_size + batch.places
             pixel_values = batch.pixel_values
             if pixel_values is None:  # the other processes wait for this one's gradients, so an empty image
                 rows, pixel_values = torch.zeros(1, dtype=torch.int64), torch.zeros_like(self.classifier.probe()[:1])
-            mirrored, patch_idx = (values[rows] for values in drawn)
+            mirrored, states = (values[rows] for values in drawn)
             if self.labels and batch.numbers:
-                own = [draw(args, image, self.labels.images, 1, num_patches) for image in batch.numbers]
-                mirrored, patch_idx = (torch.cat(values) for values in zip(*own, strict=True))
+                own = [draw(args, image, self.labels.images, 1, self.config) for image in batch.numbers]
+                mirrored, states = (torch.cat(values) for values in zip(*own, strict=True))
             # Every image of the step counts the same, whoever has it and however many could be read.
             weight = len(batch.places) * self.world / good
             with accelerator.accumulate(self.model):
-                output = self.loss(pixel_values, mirrored, patch_idx, batch.numbers)
+                output = self.loss(pixel_values, mirrored, states, batch.numbers)
                 accelerator.backward(output.loss * (weight * len(batches)))
-            losses += weight * torch.stack([output.kept_loss, output.removed_loss]).detach().float().cpu()
+            losses += weight * torch.stack([output[part] for part in parts]).detach().float().cpu()
         if not losses.isfinite().all():
             raise ValueError(
                 f"The loss of step {self.done + 1} is not finite; lower learning_rate, or take mixed_precision bf16, "
@@ -207,16 +196,15 @@ class _Run:
         self.progress.note_bad(found, self.args.max_bad_images, self.images.number, self.done * self.per_step)
 
     def mean_losses(self) -> Tensor:
-        """Sums of kept and removed loss since the last report, as means over the processes, (2,)."""
+        """Sums of the losses since the last report, as means over the processes."""
         return self.accelerator.reduce(self.progress.sums.to(self.accelerator.device), "mean").cpu()
 
     def report(self, images_per_second: float) -> dict[str, float]:
         """Validate; return the new row of the log."""
-        kept_loss, removed_loss = (total / self.progress.since for total in self.mean_losses().tolist())
+        means = self.mean_losses() / self.progress.since
         row = {
             "step": self.done,
-            "kept_loss": kept_loss,
-            "removed_loss": removed_loss,
+            **dict(zip(LOSSES[self.config.backgrounds], means.tolist(), strict=True)),
             "learning_rate": self.schedule.get_last_lr()[0],
             "images_per_second": images_per_second,
         }
@@ -231,7 +219,7 @@ class _Run:
                 with writing("The picture of the validation", self.output_dir):
                     write_whole(path, picture.save)
         self.progress.log.append({key: round(value, 6) for key, value in row.items()})
-        self.progress.sums, self.progress.since = torch.zeros(2), 0
+        self.progress.sums, self.progress.since = torch.zeros_like(means), 0
         return self.progress.log[-1]
 
     def save(self) -> None:
@@ -319,8 +307,8 @@ def _train(run: _Run) -> TVEExplainer:
             run.done, run.position = run.done + 1, batches[-1].position
 
             rate = (run.done - begun) * run.per_step / (time.perf_counter() - start)
-            kept, removed = losses.tolist()
-            shown = {"loss": kept + removed, "kept": kept, "removed": removed, "images/s": rate}
+            told = dict(zip(LOSSES[run.config.backgrounds], losses.tolist(), strict=True))
+            shown = {"loss": losses.sum().item(), **told, "images/s": rate}
             bar.set_postfix(shown, refresh=False)
             bar.update()
             if run.done % args.logging_steps == 0:

@@ -1,15 +1,15 @@
 """What a pre-training run trains: a new explainer, or one that is made over to another backbone; and how."""
 
+import copy
 import os
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from ..attribution import exact_meta_attribution
 from ..classifiers import SplitClassifier
 from ..compatibility import fit
 from ..configuration_tve import TVEConfig
@@ -63,6 +63,7 @@ def build_explainer(args: PretrainArguments, classifier: SplitClassifier) -> tup
     """A new explainer, or that of `args.explainer` made over to this backbone; and the classifier that it reads."""
     if args.explainer:
         explainer = TVEExplainer.from_pretrained(args.explainer, dtype=torch.float32)
+        explainer = _with_backgrounds(explainer, args)
         classifier = fit(explainer, classifier)
         for name, value in _identity(classifier).items():
             setattr(explainer.config, name, value)
@@ -73,14 +74,30 @@ def build_explainer(args: PretrainArguments, classifier: SplitClassifier) -> tup
             "num_attention_heads": args.num_attention_heads,
             "intermediate_size": 4 * args.hidden_size,
         }
-        config = config_for(classifier, args.grid_size, args.hops, **sizes)
-        check_patches(args.patches_per_image, config.grid_shape)
+        config = config_for(classifier, args.grid_size, args.hops, **sizes, **args.states())
+        if config.backgrounds == "antithetical":
+            check_patches(args.patches_per_image, config.grid_shape)
         explainer = TVEExplainer(config)
     explainer = explainer.to(classifier.device).train()
     if explainer.empty_embedding is not None:
         with torch.no_grad():
             explainer.empty_embedding.copy_(classifier.embed(torch.zeros_like(classifier.probe()))[0])
     return explainer, classifier
+
+
+def _with_backgrounds(explainer: TVEExplainer, args: PretrainArguments) -> TVEExplainer:
+    """This explainer with the backgrounds of the settings: where they are of another kind, its heads start anew."""
+    config = copy.deepcopy(explainer.config)
+    changed = config.backgrounds != args.backgrounds
+    for name, value in args.states().items():
+        setattr(config, name, value)
+    config.validate_architecture()
+    other = TVEExplainer(config)
+    anew = tuple(f"trunk.{name}." for name in other.trunk.heads) if changed else ()
+    weights = explainer.state_dict()
+    other.load_state_dict({name: weights[name] for name in weights if not name.startswith(anew)}, strict=False)
+    other.name_or_path = explainer.name_or_path
+    return other
 
 
 def choose_attention(model: nn.Module, mixed_precision: str) -> None:
@@ -107,7 +124,12 @@ def with_sizes_of_explainer(args: PretrainArguments) -> PretrainArguments:
         asked, found = getattr(args, name), getattr(config, name)
         if asked not in (found, PretrainArguments.__dataclass_fields__[name].default):
             raise ValueError(f"{args.explainer} has {name}={found}; leave {name}={asked} out to go on from it.")
-    return replace(args, **{name: getattr(config, name) for name in names})
+    kept = {name: getattr(config, name) for name in names}
+    if config.backgrounds == "random":  # whose distribution and operators stay too, where no others are asked for
+        for name, value in args.states().items():
+            if value == getattr(PretrainArguments("", ""), name):
+                kept[name] = getattr(config, name)
+    return replace(args, **kept)
 
 
 def build_optimizer(
@@ -121,20 +143,3 @@ def build_optimizer(
     # Accelerate steps a prepared schedule once for each process.
     warmup, end = (number * world for number in (int(args.warmup_ratio * steps), steps))
     return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, end)
-
-
-@torch.no_grad()
-def label_weights(classifier: SplitClassifier, config: TVEConfig, pixel_values: Tensor, patch_idx: Tensor) -> Tensor:
-    """Weights that let every dimension of kept and removed say as much in the loss, (2, D).
-
-    They are the mean variance over the variance of each dimension, of kept and of removed - G(x), which are what is to
-    be learnt. A dimension that hardly moves gets no more than a hundred times the mean weight of its part.
-
-    Args:
-        pixel_values: images to measure the variances on, (B, 3, H, W).
-        patch_idx: some of their patches, (B, k).
-    """
-    kept, removed = exact_meta_attribution(classifier, pixel_values, config.grid_size, config.hops, patch_idx)
-    differences = torch.stack([kept, removed - classifier.embed(pixel_values)[:, None]])  # (2, B, k, D)
-    variances = differences.float().flatten(1, 2).var(1)
-    return variances.mean() / variances.clamp(min=0.01 * variances.mean(1, keepdim=True))

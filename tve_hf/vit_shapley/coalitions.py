@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..classifiers import SplitClassifier
+from ..coalitions import random_coalitions, size_distribution
 from ..compatibility import fit
 from ..patches import GridSize
 from .modeling import ShapleyExplainer
@@ -11,28 +12,6 @@ from .modeling import ShapleyExplainer
 # Root mean square of what a head's fingerprint may differ by, as a share of the fingerprint's own: half precision
 # moves it by less, another training by more.
 _HEAD_TOLERANCE = 0.01
-
-
-def size_distribution(num_patches: int) -> Tensor:
-    """Probabilities of the coalition sizes 1 ... N - 1 under the Shapley kernel, (N - 1,) float64.
-
-    The kernel weighs one coalition of k patches by (N - 1) / (binomial(N, k) k (N - k)); there are binomial(N, k) of
-    them, so a size has the probability 1 / (k (N - k)), up to a factor.
-
-    Raises:
-        ValueError: If there are fewer than two patches.
-    """
-    if num_patches < 2:
-        raise ValueError(f"Coalitions of {num_patches} patches are all empty or full; choose a grid of at least two.")
-    sizes = torch.arange(1, num_patches, dtype=torch.float64)
-    weights = 1 / (sizes * (num_patches - sizes))
-    return weights / weights.sum()
-
-
-def random_coalitions(sizes: Tensor, num_patches: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw a uniform one among the sets of so many patches, sizes (...) -> boolean (..., N)."""
-    order = torch.rand(*sizes.shape, num_patches, generator=generator).argsort(-1)
-    return order < sizes.unsqueeze(-1)
 
 
 def sample_coalitions(
