@@ -172,9 +172,19 @@ def test_verification_compares_with_the_exact_attribution(explain):
     alone = explain(IMAGES[2], verify=3, top_k=2)
     assert [len(results) for results in batch] == [2, 2, 2]
     assert len({results[k]["verification"]["pearson"] for results in batch for k in range(2)}) == 6
-    for result, other in zip(explain(IMAGES[0], verify=3, top_k=2), batch[0], strict=True):
+    for result, other in zip(alone, batch[2], strict=True):
         assert result["verification"]["pearson"] == pytest.approx(other["verification"]["pearson"], abs=1e-3)
     assert all(result["verification"]["num_patches"] == 3 for result in alone)
+
+
+def test_verification_costs_the_same_passes_for_all_classes(pair, explain):
+    model = ViTForImageClassification.from_pretrained(pair[0])
+    explain = pipeline(TASK, model=str(pair[1]), classifier=model, image_processor=explain.image_processor)
+    images_seen = []
+    model.register_forward_hook(lambda module, args, output: images_seen.append(len(output.logits)))
+    explain(IMAGES[0], verify=4, top_k=3)
+    # To classify it; 4 patches kept and removed; and once more whole and empty, to measure errors from.
+    assert sum(images_seen) == 1 + 2 * 4 + 2
 
 
 def test_multi_label_score_is_a_sigmoid(tmp_path):

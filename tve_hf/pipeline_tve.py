@@ -246,21 +246,18 @@ class TransferableAttributionPipeline(Pipeline):
         )
         verifications = None
         if num_verified is not None:
-            verifications = [
-                verify(
-                    classifier,
-                    pixel_values,
-                    predicted.kept,
-                    predicted.removed,
-                    column,
-                    num_patches=num_verified,
-                    rule=rule,
-                    grid_size=config.grid_size,
-                    hops=config.hops,
-                    **inputs,
-                )
-                for column in class_idx.T
-            ]
+            verifications = verify(
+                classifier,
+                pixel_values,
+                predicted.kept,
+                predicted.removed,
+                class_idx,
+                num_patches=num_verified,
+                rule=rule,
+                grid_size=config.grid_size,
+                hops=config.hops,
+                **inputs,
+            )
         results = [
             {
                 "image": picture,
@@ -269,7 +266,7 @@ class TransferableAttributionPipeline(Pipeline):
                 "labels": [classifier.id2label[index] for index in class_idx[i].tolist()],
                 "score": log_prob[i, class_idx[i]].exp().cpu(),
                 "attribution": scores[i].unflatten(-1, config.grid_shape).float().cpu(),
-                "verification": None if verifications is None else [column[i] for column in verifications],
+                "verification": None if verifications is None else verifications[i],
             }
             for i, picture in enumerate(pictures)
         ]
