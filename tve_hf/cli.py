@@ -13,7 +13,7 @@ from typing import Any
 
 from .files import dumps
 from .files import write_whole as _write
-from .messages import message, sentence
+from .messages import REPORT, is_expected, message, sentence
 
 _AT_SIGN = "@"  # before the name of a file of arguments
 
@@ -261,7 +261,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; every error ends with exit code 1, a user's mistake with one sentence."""
+    """Run one command; a user's mistake ends with one sentence and exit code 1, one of ours with its traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] not in COMMANDS:
         helped = arguments[:1] in (["-h"], ["--help"])
@@ -275,6 +275,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return COMMANDS[arguments[0]](arguments[1:])
     except Exception as error:
+        if not is_expected(error):
+            error.add_note(REPORT)
+            raise
         print(message(error), file=sys.stderr)
         return 1
 
