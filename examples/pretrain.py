@@ -11,7 +11,7 @@ The same command started again goes on from the last checkpoint, with the same i
 write one and end the run with exit code 128 + the signal's number (143, 138), or with what the launcher makes of it;
 0 means that the explainer is finished. So a SLURM job can queue itself again before its time is up: examples/slurm.sh.
 
-The paper's settings, one to a line in a file; what follows it on the command line goes before it:
+The paper's settings, one to a line in a file, as every command of tve-hf reads them; what follows it goes before it:
 
     python examples/pretrain.py @examples/recipes/paper.args --classifier google/vit-base-patch16-224 ...
 
@@ -21,10 +21,9 @@ Fine-tune a released explainer on your fully fine-tuned classifier (the paper's 
         --num_epochs 1 --dataset_name my-images --output_dir tve-my-tuned-vit
 """
 
-from transformers import HfArgumentParser
+import sys
 
-from tve_hf.pretrain import PretrainArguments, pretrain
+from tve_hf.cli import main
 
 if __name__ == "__main__":
-    (arguments,) = HfArgumentParser(PretrainArguments, fromfile_prefix_chars="@").parse_args_into_dataclasses()
-    pretrain(arguments)
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,13 @@ from PIL import Image
 from tiny import GRID, LABELS, noise_image, save_classifier, save_pair
 from transformers import pipeline
 
-from tve_hf.cli import main
+from tve_hf import messages
+from tve_hf.cli import COMMANDS, main
+from tve_hf.evaluation import report
 from tve_hf.files import dumps
+from tve_hf.pipeline_tve import TransferableAttributionPipeline
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +214,97 @@ def test_in_a_process_of_its_own(pair, photos, tmp_path):
     assert done.returncode == 1
     assert [strictly(line)["image"] for line in done.stdout.splitlines()] == [str(photos[0])]
     assert "missing.png" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [TypeError("NoneType has no len"), KeyError("x"), AttributeError("no y")])
+def test_a_bug_is_reported_as_one_and_leaves_the_other_images(explain, photos, tmp_path, capsys, monkeypatch, error):
+    postprocess = TransferableAttributionPipeline.postprocess
+
+    def broken(self, outputs):
+        if outputs["results"][0]["image"].size == (40, 31):  # of the second photograph
+            raise error
+        return postprocess(self, outputs)
+
+    monkeypatch.setattr(TransferableAttributionPipeline, "postprocess", broken)
+    assert explain(*photos) == 1
+    out, err = capsys.readouterr()
+    assert written(tmp_path / "out") == ["a-2.json", "a-2.png", "a.json", "a.png"] and "2 of 3 images" in out
+    assert "Traceback" in err and "in broken" in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"tve-hf: '{photos[1]}': unexpected {type(error).__name__}. ") and "please report" in last
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("top_k is\n 0"), "tve-hf: top_k is 0"),
+        (FileNotFoundError("no such folder"), "tve-hf: no such folder"),
+        (ModuleNotFoundError("No module named 'x'", name="x.y"), "tve-hf: No module named 'x'"),
+        (ModuleNotFoundError("No module", name="accelerate"), "tve-hf: No module; run `pip install tve_hf[train]`."),
+        (ImportError("too old", name="datasets.arrow"), "tve-hf: too old; run `pip install tve_hf[train]`."),
+        (ImportError("This is captum's: pip install it."), "tve-hf: This is captum's: pip install it."),
+        (ModuleNotFoundError("No module named 'tve_hf.x'", name="tve_hf.x"), None),
+        (TypeError("unsupported operand"), None),
+        (KeyError("pixel_values"), None),
+        (AttributeError("no attribute"), None),
+        (RuntimeError("CUDA error"), None),
+    ],
+)
+def test_what_is_said_of_each_error(error, expected, capsys, monkeypatch):
+    def command(arguments):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "info", command)
+    if expected:
+        assert main(["info"]) == 1
+        assert capsys.readouterr().err.strip() == expected
+    else:  # Python shows its traceback, and this below it
+        with pytest.raises(type(error)) as raised:
+            main(["info"])
+        assert raised.value is error and "please report" in error.__notes__[0]
+
+
+def test_the_advice_for_training_names_what_its_extra_brings():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {need.partition(">")[0] for need in extras["train"]} == set(messages._TRAIN)
+
+
+# Files of arguments
+
+
+def test_a_recipe_holds_one_argument_a_line_and_what_follows_goes_before_it(explain, photos, tmp_path, capsys):
+    recipe = tmp_path / "recipe.args"
+    recipe.write_text(f"--top-k=3\n--json\n{photos[0]}\n")
+    assert explain(f"@{recipe}") == 0
+    assert len(strictly(capsys.readouterr().out)["explanations"]) == 3
+    assert explain(f"@{recipe}", "--top-k", 2) == 0
+    assert len(strictly(capsys.readouterr().out)["explanations"]) == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_reads_recipes(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: tve-hf {command} " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main([command, "@no-such-recipe"])
+    assert ended.value.code == 2
+    assert "no-such-recipe" in capsys.readouterr().err
+
+
+def test_settings_of_training_and_evaluation_come_from_recipes_too(tmp_path, monkeypatch):
+    from tve_hf import pretrain
+    from tve_hf.benchmark import run as benchmark
+
+    (tmp_path / "recipe").write_text("--classifier=from the recipe\n--output_dir=out\n--seed=3\n")
+    seen = []
+    monkeypatch.setattr(pretrain, "pretrain", seen.append)
+    monkeypatch.setattr(benchmark, "evaluate", seen.append)
+    monkeypatch.setattr(report, "table_of", str)
+    for command, needed in (("pretrain", []), ("evaluate", ["--test_files", "held-out.parquet"])):
+        assert main([command, f"@{tmp_path / 'recipe'}", "--seed", "4", *needed]) == 0
+        assert (seen[-1].classifier, seen[-1].seed) == ("from the recipe", 4)
 
 
 def test_default_photograph_and_checkpoints(tmp_path, monkeypatch, capsys):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tve_hf
 from tve_hf.classifiers import SplitClassifier, split_classifier
-from tve_hf.fidelity import fidelity
+from tve_hf.fidelity import Fidelity, fidelity
 from tve_hf.patches import REMOVALS
 
 # Four pixels, one for each patch of a 2 x 2 grid: the probability of class 0 is their sum.
@@ -33,6 +34,15 @@ def test_the_true_ranking_by_hand(additive) -> None:
     assert found.plus_auc.tolist() == pytest.approx([0.525])
     assert found.minus_auc.tolist() == pytest.approx([0.275])
     assert found.gap.tolist() == pytest.approx([0.25])
+
+
+def test_the_package_exports_the_function_and_what_it_returns(additive) -> None:
+    assert {"Fidelity", "fidelity"} <= set(tve_hf.__all__)
+    curves = tve_hf.fidelity(additive, PIXELS, PIXELS[:, 0], torch.tensor([0]), num_levels=5)
+    assert type(curves) is tve_hf.Fidelity is Fidelity
+    # Areas follow from the curves, whoever makes them: a triangle of height 1, and of height 0.5.
+    made = tve_hf.Fidelity(torch.tensor([0, 0.5, 1]), torch.tensor([[1, 0.5, 0]]), torch.tensor([[0, 0.25, 0.5]]))
+    assert (made.plus_auc.item(), made.minus_auc.item(), made.gap.item()) == (0.5, 0.25, 0.25)
 
 
 def test_the_reversed_ranking_by_hand(additive) -> None:

@@ -3,8 +3,11 @@
 import base64
 import io
 import math
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,8 +28,10 @@ from transformers.image_utils import load_image as transformers_load_image
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
+from tve_hf import images
 from tve_hf.geometry import normalization, seen_region
 from tve_hf.images import load_image
+from tve_hf.pipeline_tve import TransferableAttributionPipeline
 
 PIXELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3) * 2  # no symmetry, not square
 
@@ -247,6 +252,36 @@ def test_downloads_that_fail(site):
     for address in ("http://127.0.0.1:1/cat.jpg", "http://", "http://[/cat.jpg"):
         with pytest.raises(ValueError, match="cannot be downloaded"):
             load_image(address, timeout=5)
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/cat.jpg"
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="cat.jpg.*cannot be downloaded .*timed out"):
+            load_image(address, timeout=0.2)
+        assert time.monotonic() - start < 10
+
+
+def test_no_download_waits_for_ever_unless_asked_to(png, monkeypatch):
+    waited = []
+
+    def get(address, timeout, **options):
+        waited.append(timeout)
+        return images.httpx.Response(200, content=png)
+
+    monkeypatch.setattr(images.httpx, "get", get)
+    address = "http://example.org/cat.png"
+    load_image(address)
+    load_image({"path": address})
+    load_image(address, timeout=3)
+    load_image(address, timeout=None)
+    pipeline = object.__new__(TransferableAttributionPipeline)
+    pipeline.image_processor = lambda images, return_tensors: {"pixel_values": torch.zeros(1, 3, 2, 2)}
+    pipeline.classifier = SimpleNamespace(dtype=torch.float32, backbone=SimpleNamespace(other_inputs=()))
+    pipeline.preprocess(address)
+    assert waited == [10, 10, 3, None, 10]
 
 
 @pytest.mark.parametrize("wrong", [None, 3, ["cat.jpg"], {}, {"path": None, "bytes": None}, {"url": "x"}, b"bytes"])

@@ -172,9 +172,19 @@ def test_verification_compares_with_the_exact_attribution(explain):
     alone = explain(IMAGES[2], verify=3, top_k=2)
     assert [len(results) for results in batch] == [2, 2, 2]
     assert len({results[k]["verification"]["pearson"] for results in batch for k in range(2)}) == 6
-    for result, other in zip(explain(IMAGES[0], verify=3, top_k=2), batch[0], strict=True):
+    for result, other in zip(alone, batch[2], strict=True):
         assert result["verification"]["pearson"] == pytest.approx(other["verification"]["pearson"], abs=1e-3)
     assert all(result["verification"]["num_patches"] == 3 for result in alone)
+
+
+def test_verification_costs_the_same_passes_for_all_classes(pair, explain):
+    model = ViTForImageClassification.from_pretrained(pair[0])
+    explain = pipeline(TASK, model=str(pair[1]), classifier=model, image_processor=explain.image_processor)
+    images_seen = []
+    model.register_forward_hook(lambda module, args, output: images_seen.append(len(output.logits)))
+    explain(IMAGES[0], verify=4, top_k=3)
+    # To classify it; 4 patches kept and removed; and once more whole and empty, to measure errors from.
+    assert sum(images_seen) == 1 + 2 * 4 + 2
 
 
 def test_multi_label_score_is_a_sigmoid(tmp_path):
@@ -279,6 +289,42 @@ def test_classifier_as_name_path_model_or_split(pair, explain):
         probability = head(model.vit(pixel_values).last_hidden_state[:, 0]).softmax(-1)[0, 1]
     assert (result["label"], result["class_idx"]) == ("dog", 1)
     assert result["score"] == pytest.approx(float(probability), abs=1e-5)
+
+
+def test_the_users_image_processor_takes_the_place_of_the_classifiers(pair, explain, tmp_path):
+    folder, explainer = pair
+    turned = _Mirrored(size={"height": SIDE, "width": SIDE})
+    image = IMAGES[0].resize((SIDE, SIDE))
+    expected = explain(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), class_idx=1)
+    assert expected[0]["score"] != pytest.approx(explain(image, class_idx=1)[0]["score"], abs=1e-4)
+    model = ViTForImageClassification.from_pretrained(folder)
+    split = tve_hf.split_classifier(folder)
+    own = split.image_processor
+    for classifier in (str(folder), model, split):
+        mirrored = pipeline(TASK, model=str(explainer), classifier=classifier, image_processor=turned)
+        assert mirrored.image_processor is turned
+        mirrored._regions[image.size] = (0, 0, SIDE, SIDE)  # a mirrored ramp has no region
+        assert_same([mirrored(image, class_idx=1)], [expected])
+    assert split.image_processor is own  # the user's classifier stays as it was
+    _resize(SIDE).save_pretrained(tmp_path / "processor")
+    named = pipeline(TASK, model=str(explainer), classifier=model, image_processor=str(tmp_path / "processor"))
+    assert_same([named(IMAGES[0])], [explain(IMAGES[0])])
+
+
+class _Mirrored(ViTImageProcessorPil):
+    def preprocess(self, images, *args, **kwargs):
+        images = images if isinstance(images, list) else [images]
+        return super().preprocess([x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in images], *args, **kwargs)
+
+
+def test_an_explainers_image_processor_serves_a_classifier_without_one(pair, explain, tmp_path):
+    explain.save_pretrained(tmp_path / "saved")
+    model = ViTForImageClassification.from_pretrained(pair[0])
+    assert_same([pipeline(TASK, model=str(tmp_path / "saved"), classifier=model)(IMAGES[0])], [explain(IMAGES[0])])
+    # But a classifier's own is right for its predictions.
+    _resize(48).save_pretrained(tmp_path / "saved")
+    again = pipeline(TASK, model=str(tmp_path / "saved"), classifier=str(pair[0]))
+    assert again.image_processor.size == {"height": SIDE, "width": SIDE}
 
 
 def test_bfloat16(pair, explain):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tve_hf.attribution import exact_meta_attribution
 from tve_hf.classifiers import SplitClassifier, split_classifier
 from tve_hf.patches import sample_patches
-from tve_hf.verification import relative_error, verify
+from tve_hf.verification import Verification, pearson, relative_error, spearman, verify
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_verify_equals_numbers_worked_out_with_scipy(cnn, images, rule, pointwis
     predicted = tuple(e + 0.1 * torch.randn(e.shape, generator=generator) for e in exact)
     found = verify(cnn, pixel_values, *predicted, class_idx, num_patches, rule, 4, 1, torch.Generator().manual_seed(3))
     n = min(num_patches, 16)
-    patch_idx = sample_patches(2, 16, n, torch.Generator().manual_seed(3))
+    patch_idx = sample_patches(1, 16, n, torch.Generator().manual_seed(3)).expand(2, -1)
     full, empty = (cnn.embed(x).detach().numpy() for x in (pixel_values, 0 * pixel_values))
     for b in range(2):
         assert found[b].num_patches == n
@@ -87,6 +87,81 @@ def test_verify_gives_the_same_answer_twice(cnn, images) -> None:
     one = verify(cnn, pixel_values, kept, removed, torch.tensor([0]), 5, grid_size=4)
     torch.manual_seed(1)
     assert one == verify(cnn, pixel_values, kept, removed, torch.tensor([0]), 5, grid_size=4)
+
+
+def test_an_image_is_verified_alike_alone_and_at_any_place_of_any_batch(cnn, images) -> None:
+    pixel_values, class_idx = images(3, 32), torch.tensor([0, 2, 4])
+    generator = torch.Generator().manual_seed(2)
+    kept, removed = (part + torch.randn(part.shape, generator=generator) for part in _exact(cnn, pixel_values))
+    alone = [
+        verify(cnn, *(x[i : i + 1] for x in (pixel_values, kept, removed, class_idx)), 5, "logit", 4, 1)[0]
+        for i in range(3)
+    ]
+    assert len({round(v.spearman, 3) for v in alone}) > 1
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2], [1, 0, 1]):
+        batch = verify(cnn, *(x[order] for x in (pixel_values, kept, removed, class_idx)), 5, "logit", 4, 1)
+        for v, i in zip(batch, order, strict=True):
+            assert _numbers(v) == pytest.approx(_numbers(alone[i]), rel=1e-3, abs=1e-5)
+
+
+def _numbers(verification: Verification) -> dict[str, float]:
+    return {name: value for name, value in vars(verification).items() if name != "rule"}
+
+
+def _exact(classifier: SplitClassifier, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    return exact_meta_attribution(classifier, pixel_values, 4, 1)
+
+
+def test_several_classes_share_the_exact_passes(build, images) -> None:
+    model = build("cnn")
+    classifier, pixel_values = split_classifier(model), images(2, 32)
+    kept, removed = (part + 0.3 for part in _exact(classifier, pixel_values))
+    classes = torch.tensor([[0, 3, 1], [4, 2, 0]])
+    seen = []
+    handle = model.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    several = verify(classifier, pixel_values, kept, removed, classes, 4, "logit", 4, 1)
+    handle.remove()
+    # For each image 4 patches kept and removed and the whole image, and for all images the empty one.
+    assert sum(seen) == 2 * (2 * 4 + 1) + 1
+    one_by_one = [verify(classifier, pixel_values, kept, removed, column, 4, "logit", 4, 1) for column in classes.T]
+    assert [len(row) for row in several] == [3, 3]
+    for i, row in enumerate(several):
+        for k, v in enumerate(row):
+            assert _numbers(v) == pytest.approx(_numbers(one_by_one[k][i]), rel=1e-5, abs=1e-6)
+
+
+# Correlations
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 2.7, -1e6, 1e-20])
+@pytest.mark.parametrize("correlation", [pearson, spearman])
+def test_a_constant_map_correlates_with_nothing(value, correlation) -> None:
+    other = torch.randn(196, generator=torch.Generator().manual_seed(0))
+    constant = torch.full((196,), value)
+    # Means over windows of a constant differ by rounding, which is no map either.
+    window = torch.rand(196, 196, generator=torch.Generator().manual_seed(1))
+    averaged = constant @ (window / window.sum(1, keepdim=True)).T
+    for flat in (constant, averaged):
+        assert correlation(flat, other).isnan() and correlation(other, flat).isnan()
+        both = correlation(torch.stack([flat, other]), torch.stack([other, other]))
+        assert both[0].isnan() and both[1].item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(0.0, 1.0), (1.0, 1e-4), (-300.0, 0.01), (0.0, 1e-24), (0.0, 1e18)])
+def test_small_differences_that_are_real_correlate_as_scipy_says(offset, scale) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = offset + scale * torch.randn(3, 50, generator=generator)
+    other = one / scale + torch.randn(3, 50, generator=generator)
+    for i in range(3):
+        pair = one[i].double().numpy(), other[i].double().numpy()
+        assert pearson(one, other)[i].item() == pytest.approx(stats.pearsonr(*pair).statistic, abs=1e-4)
+        assert spearman(one, other)[i].item() == pytest.approx(stats.spearmanr(*pair).statistic, abs=1e-4)
+
+
+def test_double_precision_is_kept() -> None:
+    one = 1 + 1e-12 * torch.arange(5, dtype=torch.float64)
+    assert pearson(one, torch.arange(5)).item() == pytest.approx(1, abs=1e-3)
+    assert spearman(one, torch.arange(5)).item() == pytest.approx(1)
 
 
 def test_a_useless_prediction_has_no_bound(cnn, images) -> None:

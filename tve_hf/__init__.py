@@ -11,7 +11,7 @@ from . import methods, metrics
 from .attribution import DEFAULT_RULE, RULES, exact_meta_attribution, transfer
 from .classifiers import SplitClassifier, split_classifier
 from .configuration_tve import TVEConfig
-from .fidelity import fidelity
+from .fidelity import Fidelity, fidelity
 from .modeling_tve import TVEExplainer, TVEExplainerOutput
 from .pipeline_tve import TransferableAttributionPipeline
 from .released import DEFAULT_EXPLAINER
@@ -36,6 +36,7 @@ PIPELINE_REGISTRY.register_pipeline(
 __all__ = [
     "DEFAULT_RULE",
     "RULES",
+    "Fidelity",
     "ShapleyConfig",
     "ShapleyExplainer",
     "ShapleyExplainerOutput",

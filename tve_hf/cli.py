@@ -1,4 +1,7 @@
-"""The command line: tve-hf explain | info | pretrain | evaluate | card | push."""
+"""The command line: tve-hf explain | info | pretrain | evaluate | card | push.
+
+Each command also reads arguments from files, one a line: `tve-hf pretrain @recipe.args --classifier ...`.
+"""
 
 import argparse
 import sys
@@ -8,10 +11,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-
 from .files import dumps
 from .files import write_whole as _write
+from .messages import REPORT, is_expected, message, sentence
+
+_AT_SIGN = "@"  # before the name of a file of arguments
+
+
+def _parser(command: Callable[[list[str]], int]) -> argparse.ArgumentParser:
+    """A parser for a command, whose docstring is the description."""
+    return argparse.ArgumentParser(
+        f"tve-hf {command.__name__}", description=command.__doc__, fromfile_prefix_chars=_AT_SIGN
+    )
+
+
+def _settings(command: Callable[[list[str]], int], kind: type, arguments: list[str]) -> Any:
+    """Parse the arguments of a command into its dataclass of settings."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(kind, prog=f"tve-hf {command.__name__}", fromfile_prefix_chars=_AT_SIGN)
+    return parser.parse_args_into_dataclasses(arguments)[0]
 
 
 def _default_photograph() -> Any:
@@ -38,7 +57,7 @@ def _stem(image: str, taken: set[str]) -> str:
 
 def explain(arguments: list[str]) -> int:
     """Explain images: one overlay for each class and one JSON with the raw maps for each image."""
-    parser = argparse.ArgumentParser("tve-hf explain", description=explain.__doc__)
+    parser = _parser(explain)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="path or URL; an example photograph if none")
     parser.add_argument("--classifier", help="name or folder of an image classifier; the shipped one by default")
     parser.add_argument("--model", help="name or folder of an explainer of its backbone; the shipped one by default")
@@ -83,9 +102,7 @@ def explain(arguments: list[str]) -> int:
             record = _save(name, explainer(image), args.output, _stem(name, taken))
         except Exception as error:  # whatever is wrong with one image, the others are still explained
             failed += 1
-            text = _sentence(error)
-            # The name may be a whole image in base64, which messages shorten.
-            tqdm.write(f"tve-hf: {text}" if name[:50] in text else f"tve-hf: {name!r}: {text}", file=sys.stderr)
+            tqdm.write(message(error, name), file=sys.stderr)
             continue
         if args.json:
             tqdm.write(dumps(record))
@@ -95,9 +112,10 @@ def explain(arguments: list[str]) -> int:
                 f"{name}: {result['label']} ({result['score']:.1%}) -> {result['overlay']} [rule {result['rule']}]"
             )
             if "verification" in result:
-                found = result["verification"]
+                checked = result["verification"]
                 tqdm.write(
-                    f"  against the exact scores of {found['num_patches']} patches: Spearman {found['spearman']:.2f}"
+                    f"  against the exact scores of {checked['num_patches']} patches: "
+                    f"Spearman {checked['spearman']:.2f}"
                 )
     if not args.json:
         work = time.perf_counter() - start
@@ -106,6 +124,7 @@ def explain(arguments: list[str]) -> int:
 
 
 def _pipeline(model: str | None, classifier: str | None, options: dict[str, Any]) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import pipeline
 
@@ -117,9 +136,11 @@ def _pipeline(model: str | None, classifier: str | None, options: dict[str, Any]
         explainer = TVEExplainer.from_pretrained(name)
         return pipeline("transferable-attribution", model=explainer, classifier=classifier, **options)
     except (RuntimeError, SafetensorError, StrictDataclassError) as error:
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+            raise  # of the device, say: transformers names that option where weights do not fit their config
         folders = " or ".join(filter(None, (name, classifier)))
         raise ValueError(
-            f"{folders} cannot be loaded; check its files or fetch it again: {_sentence(error)}"
+            f"{folders} cannot be loaded; check its files or fetch it again: {sentence(error)}"
         ) from error
 
 
@@ -129,20 +150,15 @@ def _save(image: str, results: list[dict[str, Any]], folder: Path, stem: str) ->
     for rank, result in enumerate(results, 1):
         path = folder / (f"{stem}.png" if len(results) == 1 else f"{stem}.{rank}.png")
         _write(path, result["overlay"].save)
-        told = {key: value for key, value in result.items() if key not in ("overlay", "heatmap")}
-        record["explanations"].append(told | {"attribution": result["attribution"].tolist(), "overlay": str(path)})
+        numbers = {key: value for key, value in result.items() if key not in ("overlay", "heatmap")}
+        record["explanations"].append(numbers | {"attribution": result["attribution"].tolist(), "overlay": str(path)})
     _write(folder / f"{stem}.json", partial(Path.write_text, data=dumps(record) + "\n"))
     return record
 
 
-def _sentence(error: Exception) -> str:
-    """The message of an error on one line, or its name if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def info(arguments: list[str]) -> int:
     """Say what a classifier is, how it splits, and which explainers fit it."""
-    parser = argparse.ArgumentParser("tve-hf info", description=info.__doc__)
+    parser = _parser(info)
     parser.add_argument("classifier", help="name or folder of an image classifier")
     parser.add_argument(
         "--explainers", nargs="+", metavar="NAME", help="folders or repositories to try; the released ones by default"
@@ -161,34 +177,27 @@ def info(arguments: list[str]) -> int:
     names = args.explainers or ([] if args.author or args.collection else [*EXPLAINERS])
     names += explainers_of(args.author) if args.author else []
     names += explainers_in(args.collection) if args.collection else []
-    found = describe(args.classifier, names)
-    print(dumps(found, indent=1) if args.json else text_of(found))
+    description = describe(args.classifier, names)
+    print(dumps(description, indent=1) if args.json else text_of(description))
     return 0
 
 
 def pretrain(arguments: list[str]) -> int:
     """Pre-train an explainer for a classifier's backbone on unlabelled images."""
-    from transformers import HfArgumentParser
-
     from .pretrain import PretrainArguments
     from .pretrain import pretrain as run
 
-    (args,) = HfArgumentParser(PretrainArguments, prog="tve-hf pretrain").parse_args_into_dataclasses(arguments)
-    run(args)
+    run(_settings(pretrain, PretrainArguments, arguments))
     return 0
 
 
 def evaluate(arguments: list[str]) -> int:
     """Measure an explainer on held-out images: agreement with exact, and fidelity beside other methods."""
-    from transformers import HfArgumentParser
-
     from .benchmark.run import EvaluateArguments
     from .benchmark.run import evaluate as run
     from .evaluation.report import table_of
 
-    (args,) = HfArgumentParser(EvaluateArguments, prog="tve-hf evaluate").parse_args_into_dataclasses(arguments)
-    report = run(args)
-    print(table_of(report))
+    print(table_of(run(_settings(evaluate, EvaluateArguments, arguments))))
     return 0
 
 
@@ -199,15 +208,9 @@ def card(arguments: list[str]) -> int:
     """Render a checkpoint's model card from its config, training log and evaluation reports."""
     from .hub.model_card import render_card
 
-    parser = argparse.ArgumentParser("tve-hf card", description=card.__doc__)
+    parser = _parser(card)
     parser.add_argument("folder", type=Path, help="checkpoint folder with config.json and training.json")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        nargs="*",
-        default=[],
-        help="folders that tve-hf evaluate wrote",
-    )
+    parser.add_argument("--results", type=Path, nargs="*", default=[], help="folders that tve-hf evaluate wrote")
     parser.add_argument("--license", help=_LICENSE)
     parser.add_argument("--output", type=Path, required=True, help="where the card goes")
     args = parser.parse_args(arguments)
@@ -217,16 +220,10 @@ def card(arguments: list[str]) -> int:
 
 def push(arguments: list[str]) -> int:
     """Push a checkpoint, its code and its card to the Hub in one commit; without --yes only say what would be sent."""
-    parser = argparse.ArgumentParser("tve-hf push", description=push.__doc__)
+    parser = _parser(push)
     parser.add_argument("folder", type=Path, help="checkpoint folder with config.json and training.json")
     parser.add_argument("repo_id", metavar="REPO_ID", help="repository to create or update, such as owner/name")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        nargs="*",
-        default=[],
-        help="folders that tve-hf evaluate wrote",
-    )
+    parser.add_argument("--results", type=Path, nargs="*", default=[], help="folders that tve-hf evaluate wrote")
     parser.add_argument("--card", type=Path, help="card to push if it says what the results say; rendered by default")
     parser.add_argument("--license", help=f"{_LICENSE}; that of the card by default")
     parser.add_argument("--private", action="store_true", default=None, help="create a private repository")
@@ -264,7 +261,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; a user's mistake ends with one sentence and exit code 1."""
+    """Run one command; a user's mistake ends with one sentence and exit code 1, one of ours with its traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] not in COMMANDS:
         helped = arguments[:1] in (["-h"], ["--help"])
@@ -277,11 +274,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if helped else 2
     try:
         return COMMANDS[arguments[0]](arguments[1:])
-    except ImportError as error:
-        print(f"tve-hf: {_sentence(error)}; run `pip install tve_hf[train]`.", file=sys.stderr)
-        return 1
-    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
-        print(f"tve-hf: {_sentence(error)}", file=sys.stderr)
+    except Exception as error:
+        if not is_expected(error):
+            error.add_note(REPORT)
+            raise
+        print(message(error), file=sys.stderr)
         return 1
 
 

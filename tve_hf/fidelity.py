@@ -22,14 +22,21 @@ class Fidelity:
         sparsity: (K,), from 0 to 1.
         plus: f(Z; y) - f(Z \\ S*; y), (B, K); higher is better.
         minus: f(Z; y) - f(S*; y), (B, K); lower is better.
-        plus_auc, minus_auc: mean of each curve over sparsity, (B,).
     """
 
     sparsity: Tensor
     plus: Tensor
     minus: Tensor
-    plus_auc: Tensor
-    minus_auc: Tensor
+
+    @property
+    def plus_auc(self) -> Tensor:
+        """Mean of Fidelity+ over sparsity, by the trapezoidal rule, (B,); higher is better."""
+        return area(self.plus, self.sparsity)
+
+    @property
+    def minus_auc(self) -> Tensor:
+        """Mean of Fidelity- over sparsity, (B,); lower is better."""
+        return area(self.minus, self.sparsity)
 
     @property
     def gap(self) -> Tensor:
@@ -38,13 +45,9 @@ class Fidelity:
 
     @classmethod
     def from_probabilities(cls, full: Tensor, kept: Tensor, removed: Tensor) -> "Fidelity":
-        """Compute fidelity from f(Z; y), (B,), f(S*; y) and f(Z \\ S*; y), (B, K), at evenly spaced sparsities.
-
-        The area is the mean over sparsity in [0, 1] by the trapezoidal rule.
-        """
+        """Compute fidelity from f(Z; y), (B,), f(S*; y) and f(Z \\ S*; y), (B, K), at evenly spaced sparsities."""
         sparsity = torch.linspace(0, 1, kept.shape[1], dtype=torch.float32)
-        plus, minus = full.unsqueeze(1) - removed, full.unsqueeze(1) - kept
-        return cls(sparsity, plus, minus, area(plus, sparsity), area(minus, sparsity))
+        return cls(sparsity, plus=full.unsqueeze(1) - removed, minus=full.unsqueeze(1) - kept)
 
 
 @torch.no_grad()
@@ -68,7 +71,7 @@ def fidelity(
 
     Args:
         classifier: f, whose probability of the class is read.
-        pixel_values: (B, 3, H, W).
+        pixel_values: (B, 3, H, W), on the classifier's device.
         scores: (B, rows, cols), or (B, N) on the grid `grid_size` (a square one if None).
         class_idx: y, (B,).
         num_levels: points on each curve, both ends included.
@@ -98,11 +101,7 @@ def check_scores(
     class_idx: Tensor,
     grid_size: GridSize | None = None,
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Check what every metric of a map is given, and warn of constant maps, which rank nothing.
-
-    Args:
-        scores: (B, rows, cols), or (B, N) on the grid `grid_size` (a square one if None).
-        class_idx: (B,).
+    """Check what every metric of a map reads, arguments as for `fidelity`; warn of constant maps, which rank nothing.
 
     Returns:
         The scores, (B, N), and their grid (rows, cols).

@@ -68,10 +68,10 @@ def normalization(image_processor: Callable[..., Any]) -> tuple[list[float], lis
 
 
 def _process(image_processor: Callable[..., Any], images: list[Image.Image]) -> np.ndarray:
-    given = image_processor(images=images, return_tensors="pt")
-    pixels = torch.as_tensor(given["pixel_values"])
-    if pixels.ndim == 3 and "spatial_shapes" in given:
-        rows, columns = torch.as_tensor(given["spatial_shapes"])[0].tolist()
+    processed = image_processor(images=images, return_tensors="pt")
+    pixels = torch.as_tensor(processed["pixel_values"])
+    if pixels.ndim == 3 and "spatial_shapes" in processed:
+        rows, columns = torch.as_tensor(processed["spatial_shapes"])[0].tolist()
         # Values of a patch lie pixel by pixel, three colours each, as NaFlex processors have them.
         pixels = pixels[:, : rows * columns].unflatten(-1, (-1, 3)).mean(-2).unflatten(1, (rows, columns))
         pixels = pixels.permute(0, 3, 1, 2)

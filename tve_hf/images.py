@@ -1,9 +1,11 @@
-"""Read images from anything users pass, and find which part of them an image processor shows to the model."""
+"""Read images from anything users pass: one of them, or a list, column or stream for a pipeline."""
 
 import base64
 import os
 import reprlib
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, TypeAlias
 
@@ -11,13 +13,18 @@ import numpy as np
 import torch
 from huggingface_hub.utils import httpx  # the HTTP client that transformers itself uses
 from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+from transformers.pipelines.pt_utils import KeyDataset
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor | dict[str, Any]"
+
+# Seconds for each step of a download: to connect, and between two pieces of the answer. As huggingface_hub waits.
+TIMEOUT = 10.0
 
 _IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 
 
-def load_image(image: ImageInput, timeout: float | None = None) -> Image.Image:
+def load_image(image: ImageInput, timeout: float | None = TIMEOUT) -> Image.Image:
     """Load one image as upright RGB.
 
     8-bit images come out exactly as from `transformers.image_utils.load_image`, so predictions agree with its
@@ -30,7 +37,7 @@ def load_image(image: ImageInput, timeout: float | None = None) -> Image.Image:
             ({"bytes": ..., "path": ...}), or an array or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4
             channels: uint8, uint16, or float in [0, 1]. Where both ends of the shape could be channels, a tensor is
             taken as (C, H, W) and an array as (H, W, C).
-        timeout: seconds to wait for each step of a download; without it, wait as long as it takes.
+        timeout: seconds to wait for each step of a download; as long as it takes if None.
 
     Raises:
         FileNotFoundError: if a path does not exist.
@@ -159,3 +166,70 @@ def _range(pixels: np.ndarray, name: str) -> tuple[float, float]:
     if not np.isfinite([low, high]).all():
         raise ValueError(f"{name} contains NaN or infinite values: replace them first.")
     return low, high
+
+
+def images_of(inputs: Any) -> Any:
+    """Turn paths, tuples, iterators and columns of `datasets` into a list, a `Dataset` or a generator of images.
+
+    Raises:
+        ValueError: If there is no image at all.
+        TypeError: If a whole data set is passed instead of its column of images.
+    """
+    if isinstance(inputs, os.PathLike):
+        return os.fspath(inputs)
+    if isinstance(inputs, KeyDataset):
+        inputs = _Rows(inputs, inputs.key)
+    elif type(inputs).__module__.startswith("datasets."):
+        if not hasattr(inputs, "column_name"):
+            raise TypeError(f"A {type(inputs).__name__} was given; pass its column of images, like dataset['image'].")
+        has_length = hasattr(inputs, "__len__")
+        inputs = _Rows(inputs, inputs.column_name) if has_length else _rows_of(inputs, inputs.column_name)
+    if isinstance(inputs, Iterator):
+        first = next(inputs, None)
+        inputs = [] if first is None else _chain(first, inputs)
+    elif isinstance(inputs, tuple):
+        inputs = list(inputs)
+    if inputs is None or (isinstance(inputs, (list, Dataset)) and hasattr(inputs, "__len__") and not len(inputs)):
+        raise ValueError("No image was given; pass a path, URL, PIL image or array, or a list of them.")
+    return inputs
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+@contextmanager
+def _naming(row: int, column: str) -> Iterator[None]:
+    """Say which row of a column it is that cannot be decoded."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises all of them
+        raise ValueError(f"Row {row} of column {column!r} holds no image that can be read ({error}).") from error
+
+
+class _Rows(Dataset):
+    """A column of images, decoded row by row."""
+
+    def __init__(self, column: Any, name: str):
+        self.column = column
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __getitem__(self, row: int) -> Any:
+        with _naming(row, self.name):
+            return self.column[row]
+
+
+def _rows_of(column: Iterable[Any], name: str) -> Iterator[Any]:
+    """The images of a streamed column, one by one."""
+    images, end, row = iter(column), object(), 0
+    while True:
+        with _naming(row, name):
+            image = next(images, end)
+        if image is end:
+            return
+        yield image
+        row += 1

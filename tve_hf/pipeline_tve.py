@@ -1,5 +1,6 @@
 """The transformers pipeline "transferable-attribution": images in, signed maps and pictures out."""
 
+import copy
 import difflib
 import operator
 import os
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BaseImageProcessor, Pipeline, PreTrainedModel
+from transformers import AutoImageProcessor, BaseImageProcessor, Pipeline, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .attribution import DEFAULT_RULE, rule_named, transfer
@@ -19,11 +20,37 @@ from .classifiers import SplitClassifier, split_classifier
 from .classifiers.wrapped import is_dispatched
 from .compatibility import find, fit
 from .geometry import seen_region
-from .images import load_image
-from .inputs import images_of
+from .images import TIMEOUT, images_of, load_image
 from .released import DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER, EXPLAINERS
 from .verification import verify
 from .visualization import Region, heatmap, overlay
+
+
+def _split(
+    classifier: SplitClassifier | nn.Module | str | os.PathLike,
+    image_processor: Any,
+    dtype: torch.dtype | str | None,
+    prompts: dict[str, Any],
+) -> SplitClassifier:
+    """Split what users pass as a classifier; an image processor that they pass takes the place of its own."""
+    if isinstance(classifier, SplitClassifier):
+        asked = any(value is not None for value in prompts.values())
+        split = classifier.with_prompts(**prompts) if asked else copy.copy(classifier)  # the user's stays as it is
+    elif isinstance(classifier, nn.Module):
+        split = split_classifier(classifier, image_processor, **prompts)
+    else:
+        split = split_classifier(classifier, dtype=dtype, **prompts)
+    if image_processor is not None:  # of a zero-shot model, maybe its processor of both images and text
+        split.image_processor = getattr(image_processor, "image_processor", image_processor)
+    return split
+
+
+def _saved_processor(explainer: PreTrainedModel) -> BaseImageProcessor | None:
+    """The image processor beside an explainer's weights, as `save_pretrained` of the pipeline leaves one."""
+    try:
+        return AutoImageProcessor.from_pretrained(explainer.name_or_path)
+    except (OSError, ValueError):  # no file of one, or the explainer has no name
+        return None
 
 
 class TransferableAttributionPipeline(Pipeline):
@@ -43,6 +70,8 @@ class TransferableAttributionPipeline(Pipeline):
         classifier: the classifier f = H_t o G to explain, on the backbone G that the explainer was pre-trained for: a
             `SplitClassifier`, a model, or a name for `split_classifier`. By default the one that is shipped with the
             default explainer. Without `model`, a released explainer that fits it is used.
+        image_processor: what makes the classifier's images, or its name; by default the classifier's own, or else
+            that saved with the explainer.
         candidate_labels, hypothesis_template: the classes of a zero-shot classifier and the sentence, or sentences to
             average over, that they are put in, as for `SplitClassifier.with_prompts`; for all calls that give none.
 
@@ -57,7 +86,7 @@ class TransferableAttributionPipeline(Pipeline):
     """
 
     _load_processor = False
-    _load_image_processor = None
+    _load_image_processor = False  # so that one which arrives is the user's, not the explainer's
     _load_feature_extractor = False
     _load_tokenizer = False
 
@@ -65,7 +94,7 @@ class TransferableAttributionPipeline(Pipeline):
         self,
         model: PreTrainedModel,
         classifier: SplitClassifier | nn.Module | str | os.PathLike | None = None,
-        image_processor: BaseImageProcessor | None = None,
+        image_processor: BaseImageProcessor | str | os.PathLike | None = None,
         candidate_labels: Sequence[str] | None = None,
         hypothesis_template: str | Sequence[str] | None = None,
         **kwargs: Any,
@@ -75,36 +104,27 @@ class TransferableAttributionPipeline(Pipeline):
                 f"model={model.name_or_path or type(model).__name__!r} is no explainer, but a {type(model).__name__}; "
                 "pass a TVEExplainer as model=, and what it is to explain as classifier=."
             )
-        # What `pipeline` loads where no model is named; with another classifier, one that fits is looked for.
-        is_default = Path(model.name_or_path) == DEFAULT_EXPLAINER
-        look = is_default and classifier is not None
-        if classifier is None:
-            if not is_default:
-                raise ValueError(
-                    "Which classifier is to be explained? Pass classifier=, a model or a name, on the backbone "
-                    f"{model.config.backbone_name!r} that this explainer was pre-trained for."
-                )
-            classifier = DEFAULT_CLASSIFIER
-        prompts: dict[str, Any] = {"candidate_labels": candidate_labels, "hypothesis_template": hypothesis_template}
-        if isinstance(classifier, SplitClassifier):
-            if not (candidate_labels is None and hypothesis_template is None):
-                classifier = classifier.with_prompts(**prompts)
-        elif isinstance(classifier, nn.Module):
-            classifier = split_classifier(classifier, image_processor, **prompts)
-        else:
-            classifier = split_classifier(classifier, dtype=kwargs.get("dtype"), **prompts)
-        self.classifier = classifier
-        # The classifier's own processor is right for its predictions; the explainer's is the same or does not fit.
-        image_processor = classifier.image_processor or image_processor
+        is_default = Path(model.name_or_path) == DEFAULT_EXPLAINER  # what `pipeline` loads where no model is named
+        if classifier is None and not is_default:
+            raise ValueError(
+                "Which classifier is to be explained? Pass classifier=, a model or a name, on the backbone "
+                f"{model.config.backbone_name!r} that this explainer was pre-trained for."
+            )
+        if isinstance(image_processor, str | os.PathLike):
+            image_processor = AutoImageProcessor.from_pretrained(image_processor)
+        prompts = {"candidate_labels": candidate_labels, "hypothesis_template": hypothesis_template}
+        named = DEFAULT_CLASSIFIER if classifier is None else classifier
+        self.classifier = _split(named, image_processor, kwargs.get("dtype"), prompts)
+        image_processor = self.classifier.image_processor or _saved_processor(model)
         if image_processor is None:
-            raise ValueError(f"No image processor came with {classifier.name}; pass image_processor=.")
-        if look:
-            name = find(EXPLAINERS, classifier, image_processor)
+            raise ValueError(f"No image processor came with {self.classifier.name}; pass image_processor=.")
+        if is_default and classifier is not None:  # the default explainer may not be that of this classifier
+            name = find(EXPLAINERS, self.classifier, image_processor)
             if name != model.name_or_path:
                 model = type(model).from_pretrained(name, dtype=model.dtype)
         super().__init__(model, image_processor=image_processor, **kwargs)
-        classifier = classifier if is_dispatched(classifier) else classifier.to(self.device)
-        self.classifier = fit(model, classifier, image_processor)
+        on_device = self.classifier if is_dispatched(self.classifier) else self.classifier.to(self.device)
+        self.classifier = fit(model, on_device, image_processor)
         self._regions: dict[tuple[int, int], Region] = {}  # by size of image
 
     def _sanitize_parameters(
@@ -189,7 +209,7 @@ class TransferableAttributionPipeline(Pipeline):
             label: explain the class or classes of this name.
             rule: how embeddings become scores, a key of `tve_hf.attribution.RULES`.
             verify: also compare with exact scores on this many random patches: two masked passes each.
-            timeout: seconds to wait for a download.
+            timeout: seconds to wait for each step of a download; 10 by default.
             candidate_labels, hypothesis_template: other prompts for a zero-shot classifier, in this call.
             batch_size, num_workers: as in every pipeline.
 
@@ -211,10 +231,10 @@ class TransferableAttributionPipeline(Pipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         self.image_processor.save_pretrained(save_directory, **kwargs)
 
-    def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
+    def preprocess(self, image: Any, timeout: float | None = TIMEOUT) -> dict[str, Any]:
         picture = load_image(image, timeout)
-        given = self.image_processor(images=picture, return_tensors="pt")
-        inputs = {name: given[name] for name in ("pixel_values", *self.classifier.backbone.other_inputs)}
+        processed = self.image_processor(images=picture, return_tensors="pt")
+        inputs = {name: processed[name] for name in ("pixel_values", *self.classifier.backbone.other_inputs)}
         floats = {name: x.to(self.classifier.dtype) for name, x in inputs.items() if x.is_floating_point()}
         return inputs | floats | {"image": picture}
 
@@ -246,21 +266,18 @@ class TransferableAttributionPipeline(Pipeline):
         )
         verifications = None
         if num_verified is not None:
-            verifications = [
-                verify(
-                    classifier,
-                    pixel_values,
-                    predicted.kept,
-                    predicted.removed,
-                    column,
-                    num_patches=num_verified,
-                    rule=rule,
-                    grid_size=config.grid_size,
-                    hops=config.hops,
-                    **inputs,
-                )
-                for column in class_idx.T
-            ]
+            verifications = verify(
+                classifier,
+                pixel_values,
+                predicted.kept,
+                predicted.removed,
+                class_idx,
+                num_patches=num_verified,
+                rule=rule,
+                grid_size=config.grid_size,
+                hops=config.hops,
+                **inputs,
+            )
         results = [
             {
                 "image": picture,
@@ -269,7 +286,7 @@ class TransferableAttributionPipeline(Pipeline):
                 "labels": [classifier.id2label[index] for index in class_idx[i].tolist()],
                 "score": log_prob[i, class_idx[i]].exp().cpu(),
                 "attribution": scores[i].unflatten(-1, config.grid_shape).float().cpu(),
-                "verification": None if verifications is None else [column[i] for column in verifications],
+                "verification": None if verifications is None else verifications[i],
             }
             for i, picture in enumerate(pictures)
         ]

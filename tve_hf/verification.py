@@ -59,17 +59,26 @@ def prediction_errors(
     exact: Pair,
     **inputs: Tensor,
 ) -> dict[str, Tensor]:
-    """Measure how far predictions are from the exact meta-attributions of the same patches.
+    """Measure how far predictions are from the exact meta-attributions of the same patches, in two passes an image.
+
+    Args:
+        classifier, pixel_values, inputs: as for `exact_meta_attribution`.
+        class_idx: y, (B,); or (B, K) for K classes of each image at once.
+        predicted, exact: kept and removed of the same k patches, (B, k, D) each.
 
     Returns:
-        `kept_error`, `removed_error`, `epsilon`, `bound` and `error` of each image, (B,), as in `Verification`.
+        `kept_error` and `removed_error` of each image, (B,), and `epsilon`, `bound` and `error` of each of its
+        classes, shaped as `class_idx`: as in `Verification`.
     """
+    columns = class_idx.unbind(1) if class_idx.ndim == 2 else [class_idx]
 
     def log_prob(embeddings: Tensor) -> Tensor:
-        return of_class(classifier.log_prob(embeddings.to(classifier.dtype)), class_idx)  # (B, k)
+        values = classifier.log_prob(embeddings.to(classifier.dtype))
+        chosen = torch.stack([of_class(values, column) for column in columns], dim=1)  # (B, K, k)
+        return chosen if class_idx.ndim == 2 else chosen.squeeze(1)
 
     g_hat, h_hat, g, h = (log_prob(embeddings) for embeddings in (*predicted, *exact))
-    epsilon = torch.maximum(((g_hat - g).exp() - 1).abs().amax(1), ((h - h_hat).exp() - 1).abs().amax(1))
+    epsilon = torch.maximum(((g_hat - g).exp() - 1).abs().amax(-1), ((h - h_hat).exp() - 1).abs().amax(-1))
     first = {name: value[:1] for name, value in inputs.items()}
     empty = classifier.embed(torch.zeros_like(pixel_values[:1]), **first).unsqueeze(1)
     full = classifier.embed(pixel_values, **inputs).unsqueeze(1)
@@ -78,7 +87,7 @@ def prediction_errors(
         "removed_error": relative_error(predicted[1], exact[1], full),
         "epsilon": epsilon,
         "bound": -2 * torch.log1p(-epsilon.clamp(max=1)),  # infinite from 1 on
-        "error": ((g_hat - h_hat) - (g - h)).abs().mean(1),
+        "error": ((g_hat - h_hat) - (g - h)).abs().mean(-1),
     }
 
 
@@ -95,55 +104,80 @@ def verify(
     hops: int = 2,
     generator: torch.Generator | None = None,
     **inputs: Any,
-) -> list[Verification]:
+) -> list[Any]:
     """Compare predicted with exact scores on random patches of each image, at 2 * num_patches masked passes each.
+
+    All classes share these passes, and all images the patches, so an image's answer is the same in every batch.
 
     Args:
         classifier, pixel_values, hops, inputs: as for `exact_meta_attribution`.
         grid_size: grid of the N patches; a square one if None.
         kept, removed: the predictions, (B, N, D).
-        class_idx: y, (B,).
+        class_idx: y, (B,); or (B, K) for K classes of each image at once.
         num_patches: n; all patches if it is at least N.
         rule: compared patch by patch: its evidence, without standardising or averaging over the map.
         generator: chooses the patches; seeded with 0 if None, so that the same call gives the same answer.
 
     Returns:
-        One `Verification` for each image.
+        One `Verification` for each image; or, for classes (B, K), a list of K for each image.
     """
     grid_size = rows, columns = grid_of(kept.shape[1], grid_size)
-    pointwise = replace(rule_named(rule), standardized=False, averaged=False)
     n = min(num_patches, rows * columns)
     generator = generator or torch.Generator().manual_seed(0)
-    patch_idx = sample_patches(len(pixel_values), rows * columns, n, generator).to(pixel_values.device)
+    patch_idx = sample_patches(1, rows * columns, n, generator).to(pixel_values.device).expand(len(pixel_values), -1)
     exact = exact_meta_attribution(classifier, pixel_values, grid_size, hops, patch_idx, **inputs)
     index = patch_idx.unsqueeze(-1)
     predicted = kept.take_along_dim(index, dim=1), removed.take_along_dim(index, dim=1)
-    scores, exact_scores = (
-        apply_rule(pointwise, *pair, classifier, class_idx.unsqueeze(1)) for pair in (predicted, exact)
-    )
-    found = {
-        "pearson": pearson(scores, exact_scores).squeeze(1),
-        "spearman": spearman(scores, exact_scores).squeeze(1),
-        **prediction_errors(classifier, pixel_values, class_idx, predicted, exact, **inputs),
+
+    classes = class_idx if class_idx.ndim == 2 else class_idx.unsqueeze(1)
+    pointwise = replace(rule_named(rule), standardized=False, averaged=False)
+    scores, exact_scores = (apply_rule(pointwise, *pair, classifier, classes) for pair in (predicted, exact))
+    errors = prediction_errors(classifier, pixel_values, classes, predicted, exact, **inputs)
+    measures = {"pearson": pearson(scores, exact_scores), "spearman": spearman(scores, exact_scores)} | {
+        name: values if values.ndim == 2 else values.unsqueeze(1).expand(classes.shape)  # of all classes alike
+        for name, values in errors.items()
     }
-    return [
-        Verification(num_patches=n, rule=rule, **{name: values[i].item() for name, values in found.items()})
+    verifications = [
+        [
+            Verification(num_patches=n, rule=rule, **{name: values[i, k].item() for name, values in measures.items()})
+            for k in range(classes.shape[1])
+        ]
         for i in range(len(pixel_values))
     ]
+    return verifications if class_idx.ndim == 2 else [of_image for (of_image,) in verifications]
 
 
 def pearson(one: Tensor, other: Tensor) -> Tensor:
-    """Pearson correlation over the last dimension, (..., n) -> (...); NaN where one side is constant."""
-    one, other = (x.float() - x.float().mean(-1, keepdim=True) for x in (one, other))
-    return (one * other).sum(-1) / (one.square().sum(-1) * other.square().sum(-1)).sqrt()
+    """Pearson correlation over the last dimension, (..., n) -> (...), float32; NaN where one side is constant."""
+    return (_standardized(one) * _standardized(other)).sum(-1).float()
 
 
 def spearman(one: Tensor, other: Tensor) -> Tensor:
-    """Spearman rank correlation over the last dimension, (..., n) -> (...); ties get their mean rank."""
+    """Spearman rank correlation over the last dimension; as for `pearson`, and ties get their mean rank."""
 
     def ranks(x: Tensor) -> Tensor:
         below = (x.unsqueeze(-1) > x.unsqueeze(-2)).float().sum(-1)
         equal = (x.unsqueeze(-1) == x.unsqueeze(-2)).float().sum(-1)
-        return below + (equal - 1) / 2
+        return (below + (equal - 1) / 2).masked_fill(_constant(x), 0)
 
     return pearson(ranks(one), ranks(other))
+
+
+def _constant(x: Tensor) -> Tensor:
+    """Whether values differ by no more than rounding, (..., n) -> (..., 1): it has no order that means anything.
+
+    Judged before a mean is subtracted, since what rounding leaves of a constant then looks like any other map.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    return high - low <= 4 * torch.finfo(x.dtype).eps * torch.maximum(low.abs(), high.abs())
+
+
+def _standardized(x: Tensor) -> Tensor:
+    """Subtract the mean and divide by the norm, (..., n), in float32 or float64; NaN where x is constant."""
+    constant = _constant(x)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x - x[..., :1]  # without rounding where values are close, so that the mean is that of the differences
+    x = x - x.mean(-1, keepdim=True)
+    x = x / x.abs().amax(-1, keepdim=True)  # squares of very small and very large values do not fit
+    return (x / x.norm(dim=-1, keepdim=True)).masked_fill(constant, torch.nan)

@@ -58,12 +58,12 @@ def heatmap(scores: torch.Tensor | np.ndarray, size: tuple[int, int], region: Re
     left, top, right, bottom = region or (0.0, 0.0, float(width), float(height))
     x0, x1, first_col, last_col = _cover(left, right, width, values.shape[1])
     y0, y1, first_row, last_row = _cover(top, bottom, height, values.shape[0])
-    patches = Image.fromarray(min_max(values).astype(np.float32))
+    patches = Image.fromarray(min_max(torch.tensor(values)).float().numpy())
     smooth = patches.resize(
         (x1 - x0, y1 - y0), Image.Resampling.BICUBIC, box=(first_col, first_row, last_col, last_row)
     )
     result = np.zeros((height, width), np.float32)
-    result[y0:y1, x0:x1] = min_max(np.asarray(smooth))
+    result[y0:y1, x0:x1] = min_max(torch.tensor(np.asarray(smooth))).numpy()
     return result
 
 
@@ -161,13 +161,12 @@ def _cover(begin: float, end: float, side: int, cells: int) -> tuple[int, int, f
     return first, stop, max(0.0, (first - begin) * per_pixel), min(float(cells), (stop - begin) * per_pixel)
 
 
-def min_max(values: np.ndarray) -> np.ndarray:
+def min_max(values: torch.Tensor) -> torch.Tensor:
     """Scale maps (..., rows, cols) to 0..1, each by itself; a constant one becomes zeros."""
-    low = values.min((-2, -1), keepdims=True)
-    span = np.ptp(values, (-2, -1), keepdims=True)
+    low, high = (bound(values, (-2, -1), keepdim=True) for bound in (torch.amin, torch.amax))
     # Differences within rounding are no structure: drawn at full contrast they would be noise.
-    flat = span <= 4 * np.finfo(np.float32).eps * np.abs(values).max((-2, -1), keepdims=True)
-    return np.where(flat, 0, (values - low) / np.where(flat, 1, span)).astype(values.dtype)
+    flat = high - low <= 4 * torch.finfo(torch.float32).eps * torch.maximum(low.abs(), high.abs())
+    return ((values - low) / (high - low).masked_fill(flat, 1)).masked_fill(flat, 0)
 
 
 def _colors(values: np.ndarray) -> np.ndarray:

@@ -71,7 +71,7 @@ def _normalized(scores: Tensor) -> Tensor:
         raise ValueError("scores holds no map; pass a batch of at least one.")
     if not torch.isfinite(scores).all():
         raise ValueError("The scores hold NaN or infinity, so there is no map to compare.")
-    return torch.from_numpy(min_max(scores.detach().float().cpu().numpy()))
+    return min_max(scores.detach().float().cpu())
 
 
 @torch.no_grad()

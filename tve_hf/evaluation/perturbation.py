@@ -23,22 +23,26 @@ class Perturbation:
         share: of the patches that are deleted, (K,), from 0 to 0.9.
         positive: whether the class is still predicted, 1 or 0, when the most relevant patches go first, (B, K).
         negative: the same when the least relevant go first.
-        positive_auc: area under each curve, (B,), at most 0.9; lower is better. Its mean over images is the area
-            under the accuracy curve.
-        negative_auc: the same; higher is better.
     """
 
     share: Tensor
     positive: Tensor
     negative: Tensor
-    positive_auc: Tensor
-    negative_auc: Tensor
+
+    @property
+    def positive_auc(self) -> Tensor:
+        """Area under the curve, (B,), at most 0.9; lower is better. Its mean is that under the accuracy curve."""
+        return area(self.positive, self.share)
+
+    @property
+    def negative_auc(self) -> Tensor:
+        """The same, least relevant patches first; higher is better."""
+        return area(self.negative, self.share)
 
     @classmethod
     def from_correct(cls, positive: Tensor, negative: Tensor) -> "Perturbation":
-        """Compute the areas of what is 1 where the prediction is right, (B, K), at shares evenly spaced to 0.9."""
-        share = torch.linspace(0, float(LAST), positive.shape[1])
-        return cls(share, positive, negative, area(positive, share), area(negative, share))
+        """From curves that are 1 where the prediction is right, (B, K), at shares evenly spaced to 0.9."""
+        return cls(torch.linspace(0, float(LAST), positive.shape[1]), positive, negative)
 
 
 @torch.no_grad()
@@ -85,15 +89,21 @@ class InsertionDeletion:
     Args:
         share: (K,), from 0 to 1.
         insertion: f of the most important patches alone, (B, K); deletion: f without them.
-        insertion_auc: area under each curve, (B,); higher is better.
-        deletion_auc: the same; lower is better.
     """
 
     share: Tensor
     insertion: Tensor
     deletion: Tensor
-    insertion_auc: Tensor
-    deletion_auc: Tensor
+
+    @property
+    def insertion_auc(self) -> Tensor:
+        """Area under the curve, (B,); higher is better."""
+        return area(self.insertion, self.share)
+
+    @property
+    def deletion_auc(self) -> Tensor:
+        """Area under the curve, (B,); lower is better."""
+        return area(self.deletion, self.share)
 
 
 @torch.no_grad()
@@ -128,8 +138,7 @@ def insertion_deletion(
     deletion = curve(~important, deletion_removal)
     # All patches inserted is the whole image, which was asked with none deleted.
     insertion = torch.cat([curve(important[:, :-1], insertion_removal), deletion[:, :1]], dim=1)
-    share = torch.tensor([float(s) for s in shares])
-    return InsertionDeletion(share, insertion, deletion, area(insertion, share), area(deletion, share))
+    return InsertionDeletion(torch.tensor([float(s) for s in shares]), insertion, deletion)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..classifiers import SplitClassifier
 from ..classifiers.tracing import first_tensor
+from ..visualization import min_max
 from ._attention import Layout, attend, find_layout, replace_first
 from ._gradients import class_evidence, differentiable
 
@@ -57,16 +58,15 @@ def explain(
     if empty_head is not None:
         empty = classifier.with_head(empty_head)
         nothing = _sensitivity(empty, pixel_values, torch.zeros_like(class_idx), layout, used, upstream)
-        values = values.masked_fill(_min_max(nothing) > 0.8, 0)
-    values = _min_max(values) if upstream else values
+        values = values.masked_fill(_scaled(nothing) > 0.8, 0)
+    values = _scaled(values) if upstream else values
     before = values.new_zeros(len(values), layout.prefix)
     return layout.on_grid(torch.cat([before, values], 1), grid_size)
 
 
-def _min_max(values: Tensor) -> Tensor:
-    """Scale each image's values to [0, 1], (B, N); a constant map becomes 0."""
-    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
-    return (values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)
+def _scaled(values: Tensor) -> Tensor:
+    """Scale each image's values to [0, 1], (B, N)."""
+    return min_max(values.unsqueeze(1)).squeeze(1)
 
 
 def _sensitivity(

@@ -56,7 +56,7 @@ class PretrainArguments:
     image_column: str | None = _field(None, "Column of the images; found where there is one or it is called image.")
     streaming: bool = _field(False, "Read the images in passing, without a copy on disk.")
     shuffle_buffer: int = _field(10_000, "Images from which the next is drawn at random while streaming.")
-    random_resized_crop: bool = _field(False, "Cut a random 20-100 % of each image, as MAE does.")
+    random_resized_crop: bool = _field(False, "Cut a random 20-100 %% of each image, as MAE does.")
     flip: bool = _field(True, "Mirror every second image.")
     max_bad_images: float = _field(0.01, "Share of images that may be unreadable; they are skipped.")
     dataloader_num_workers: int = _field(0, "Processes that decode images, for each process that trains.")
