@@ -90,7 +90,8 @@ class Fault:
     times: int = 1
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
-    body: str | None = None  # "cut": closed after half; "short": half, said to be all; "wrong": other bytes
+    # "cut": closed after half; "short": half, said to be all; "wrong": another last byte; "page": HTML
+    body: str | None = None
     delay: float = 0.0  # seconds
 
 
@@ -203,6 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         damage = self.fault.body if self.fault and self.command == "GET" else None
         content = content[: len(content) // 2] if damage == "short" else content
         content = content[:-1] + bytes([content[-1] ^ 1]) if damage == "wrong" else content
+        content = b"<html>Please log in</html>" if damage == "page" else content
         self.send_response(status)
         for key, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(key, value)
@@ -403,3 +405,21 @@ _ROUTES: dict[str, Callable[..., Any]] = {
     f"GET /api/models/{_REPO}/xet-(read|write)-token/{_REVISION}": _Handler._xet_token,
     "GET /cdn/(?P<oid>[0-9a-f]{64})": _Handler._deliver,
 }
+
+
+def check_cache(hub: Hub) -> None:
+    """Nothing in the cache is half of a file, or another file than its name says."""
+    files = [path for path in hub.cache.rglob("*") if path.is_file()]
+    assert not [path for path in files if "incomplete" in path.name]
+    for path in files:
+        if path.parent.name == "blobs":
+            content = path.read_bytes()
+            git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            assert path.name in (git, hashlib.sha256(content).hexdigest())
+
+
+def one_sentence(error: Any) -> str:
+    """The text of what `pytest.raises` caught, which fits on a line."""
+    text = str(error.value)
+    assert "\n" not in text.strip() and "Traceback" not in text and len(text) < 400, text
+    return text

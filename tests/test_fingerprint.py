@@ -186,14 +186,11 @@ def test_kinds_do_not_mix(build) -> None:
         match(_of(build("vit")), _of(build("vit"), full=True))
 
 
-def test_fingerprints_without_hashes_still_match(build, randomized) -> None:
-    """As the shipped explainer holds one."""
-    old = _of(build("vit")).rpartition("-")[0]
-    assert re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{64}", old)
-    assert match(old, old) == "same weights"
-    assert match(old, _of(build("vit"))) == match(_of(build("vit").bfloat16()), old) == "same weights"
-    assert match(old, _of(randomized(build("vit"), seed=1))) == OTHER_WEIGHTS
-    assert match(old, _of(build("deit"))) == "no"
+def test_what_is_no_fingerprint_is_refused() -> None:
+    fingerprints = [fingerprint([torch.ones(3)]), "abc-def"]
+    for one, other in (fingerprints, fingerprints[::-1]):
+        with pytest.raises(ValueError, match="'abc-def' is no fingerprint; make one with `classifier.fingerprint"):
+            match(one, other)
 
 
 class Tied(nn.Module):

@@ -224,6 +224,9 @@ def push(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="checkpoint folder with config.json and training.json")
     parser.add_argument("repo_id", metavar="REPO_ID", help="repository to create or update, such as owner/name")
     parser.add_argument("--results", type=Path, nargs="*", default=[], help="folders that tve-hf evaluate wrote")
+    parser.add_argument(
+        "--unmeasured", action="store_true", help="push an explainer without results; its card says so"
+    )
     parser.add_argument("--card", type=Path, help="card to push if it says what the results say; rendered by default")
     parser.add_argument("--license", help=f"{_LICENSE}; that of the card by default")
     parser.add_argument("--private", action="store_true", default=None, help="create a private repository")
@@ -238,7 +241,14 @@ def push(arguments: list[str]) -> int:
 
     logging.disable_progress_bar()
     prepared = prepare(
-        args.folder, args.repo_id, args.results, args.card, args.private, args.branch, license=args.license
+        args.folder,
+        args.repo_id,
+        args.results,
+        args.card,
+        args.private,
+        args.branch,
+        measured=not args.unmeasured,
+        license=args.license,
     )
     print(prepared)
     if not args.yes:

@@ -1,6 +1,5 @@
 """Does this explainer fit that classifier, and which one does?"""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from .configuration_tve import TVEConfig
 from .fingerprint import match
 from .geometry import normalization
 from .modeling_tve import TVEExplainer
-from .weights import CONFIG, open_source
+from .weights import open_source, read_config
 
 logger = logging.get_logger(__name__)
 
@@ -66,33 +65,39 @@ def verdict(config: TVEConfig, classifier: SplitClassifier, image_processor: Any
         if own is not None and not torch.allclose(torch.tensor(own), torch.tensor(theirs), atol=1e-4):
             reason = f"expects {name}={list(own)}, but the image processor of {classifier.name} has {theirs}"
             return Verdict("no", reason, remedy)
-    found: Fit = "unknown"
-    reason = "fits by its shapes, and holds no fingerprint of the weights that it was pre-trained for"
-    if config.backbone_fingerprint is not None:
-        found = match(config.backbone_fingerprint, classifier.fingerprint())
-        whose = f"was pre-trained for the backbone {config.backbone_name!r}"
-        reason = {
-            "same weights": f"{whose}, which has the weights of {classifier.name}",
-            "same architecture, other weights": f"{whose}, which has other weights than {classifier.name}",
-            "no": f"{whose}, which is not that of {classifier.name}",
-        }[found]
-    if found != "no":
+    fit, reason = _verdict_on_weights(config, classifier)
+    if fit != "no":
         try:
             classifier.reading(tuple(config.feature_names))
         except ValueError as error:
-            found, reason = "no", f"reads feature maps that are not there: {str(error).rstrip('.')}"
-    return Verdict(found, reason, remedy)
+            fit, reason = "no", f"reads feature maps that are not there: {str(error).rstrip('.')}"
+    return Verdict(fit, reason, remedy)
+
+
+def _verdict_on_weights(config: TVEConfig, classifier: SplitClassifier) -> tuple[Fit, str]:
+    """Compare the fingerprints alone."""
+    if config.backbone_fingerprint is None:
+        return "unknown", "fits by its shapes, and holds no fingerprint of the weights that it was pre-trained for"
+    try:
+        fit = match(config.backbone_fingerprint, classifier.fingerprint())
+    except ValueError as error:
+        return "unknown", f"fits by its shapes, but its fingerprint tells nothing: {str(error).rstrip('.')}"
+    relation = {
+        "same weights": f"has the weights of {classifier.name}",
+        "same architecture, other weights": f"has other weights than {classifier.name}",
+        "no": f"is not that of {classifier.name}",
+    }
+    return fit, f"was pre-trained for the backbone {config.backbone_name!r}, which {relation[fit]}"
 
 
 def verdict_by_name(name: str, classifier: SplitClassifier, image_processor: Any = None) -> Verdict:
     """The verdict on an explainer of which only config.json is read; "unknown" if it cannot be."""
     try:
-        path = open_source(name).file(CONFIG)
-        stored = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        stored = read_config(open_source(name))
         if stored.get("model_type") != TVEConfig.model_type:
             return Verdict("no", "is no explainer", "pass the name of one")
         config = TVEConfig.from_dict(stored)
-    except (OSError, ValueError, AttributeError, StrictDataclassError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         return Verdict("unknown", f"cannot be read: {' '.join(str(error).split()).rstrip('.')}")
     return verdict(config, classifier, image_processor)
 
@@ -103,9 +108,9 @@ def find(names: Iterable[str], classifier: SplitClassifier, image_processor: Any
     Raises:
         ValueError: If none fits; the message says why, and what else can be done at what cost.
     """
-    found = {name: verdict_by_name(name, classifier, image_processor) for name in names}
+    verdicts = {name: verdict_by_name(name, classifier, image_processor) for name in names}
     for wanted in _PREFERRED:
-        for name, judged in found.items():
+        for name, judged in verdicts.items():
             if judged.fit == wanted:
                 return name
     try:
@@ -113,7 +118,7 @@ def find(names: Iterable[str], classifier: SplitClassifier, image_processor: Any
         cost = f"2·{rows * columns} masked passes for an image on a grid of {rows} x {columns}"
     except ValueError:  # no grid divides its images
         cost = "two masked passes for each patch"
-    reasons = "; ".join(f"{name} {judged.reason}" for name, judged in found.items())
+    reasons = "; ".join(f"{name} {judged.reason}" for name, judged in verdicts.items())
     raise ValueError(
         f"No released explainer fits {classifier.name}: {reasons}. Pass one as model=, pre-train one with `tve-hf "
         f"pretrain --classifier {classifier.name} --train_files IMAGES --output_dir FOLDER`, or do without: "

@@ -10,8 +10,9 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .coalitions import Coalitions
 
-# Far more than any model has; building millions from a few bytes of JSON would take hours.
-_MAX_LAYERS = 1000
+# Far more than any model has: building millions of layers from a few bytes of JSON would take hours, and the sizes of
+# wider ones cannot be counted in 64 bits.
+_MAX_LAYERS, _MAX_SIZE = 1000, 2**20
 
 
 @strict
@@ -73,7 +74,7 @@ class BackboneReaderConfig(PreTrainedConfig):
         sizes |= {f"feature_dims[{i}]": dim for i, dim in enumerate(self.feature_dims)}
         for name in ("embedding_dim", "num_channels", "hidden_size", "num_attention_heads", "intermediate_size"):
             sizes[name] = getattr(self, name)
-        _check_range(1, sizes)
+        _check_range(1, sizes, most=_MAX_SIZE)
         layers = {"num_hidden_layers": self.num_hidden_layers, "feature_dims": len(self.feature_dims)}
         _check_range(0, layers, most=_MAX_LAYERS)
         for pixels, patches in zip(self.image_shape, self.grid_shape, strict=True):

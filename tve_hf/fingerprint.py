@@ -23,9 +23,6 @@ _ROUNDINGS: tuple[tuple[torch.dtype, ...], ...] = (
     (torch.float16, torch.bfloat16),
 )
 _FULL = "full"
-# For fingerprints without hashes, as some explainers hold them.
-# Rounding to bfloat16 moves a sketch by about 0.001, one epoch of fine-tuning by far more.
-_TOLERANCE = 0.003
 
 Match = Literal["same weights", "same architecture, other weights", "no"]
 
@@ -83,23 +80,22 @@ def match(one: str, other: str) -> Match:
         as after fine-tuning; "no" if the tensors have other shapes.
 
     Raises:
-        ValueError: If one is quick and the other full.
+        ValueError: If one is quick and the other full, or one is no fingerprint.
     """
-    (shapes, sketch, *hashes), (other_shapes, other_sketch, *other_hashes) = one.split("-"), other.split("-")
+    (shapes, sketch, hashes), (other_shapes, other_sketch, other_hashes) = _parts(one), _parts(other)
     if (sketch == _FULL) != (other_sketch == _FULL):
         raise ValueError("A quick and a full fingerprint cannot be compared; make both with the same `full`.")
     if shapes != other_shapes:
         return "no"
-    if hashes and other_hashes:
-        ours, theirs = _split(hashes[0]), _split(other_hashes[0])
-        same = ours[0] in theirs or theirs[0] in ours  # the first is of the values as they are
-    else:
-        values, other_values = (
-            np.frombuffer(bytes.fromhex(s), "<f2").astype(np.float64) for s in (sketch, other_sketch)
-        )
-        same = bool(np.sqrt(np.mean((values - other_values) ** 2)) <= _TOLERANCE)
+    # The first is of the values as they are.
+    same = hashes[0] in other_hashes or other_hashes[0] in hashes
     return "same weights" if same else "same architecture, other weights"
 
 
-def _split(hashes: str) -> list[str]:
-    return [hashes[i : i + 16] for i in range(0, len(hashes), 16)]
+def _parts(fingerprint: str) -> tuple[str, str, list[str]]:
+    """Shapes, sketch and hashes of a fingerprint."""
+    parts = fingerprint.split("-")
+    if len(parts) != 3:
+        raise ValueError(f"{fingerprint!r} is no fingerprint; make one with `classifier.fingerprint()`.")
+    shapes, sketch, hashes = parts
+    return shapes, sketch, [hashes[i : i + 16] for i in range(0, len(hashes), 16)]

@@ -27,7 +27,7 @@ from .additive import efficient, embedding_of, kept_and_removed
 from .configuration_tve import BackboneReaderConfig, TVEConfig
 from .trunk_backbone import TVEBackboneReader, TVEBackboneTrunk, TVEDifferenceHead
 from .trunk_vit_mae import TVEMAETrunk, sincos_positions
-from .weights import checked
+from .weights import check_report, checked
 
 
 @dataclass
@@ -78,6 +78,15 @@ class TVEPreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             kwargs = checked(cls, pretrained_model_name_or_path, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    # transformers calls this when it has read the weights, before it takes memory for those that are missing: a
+    # config that describes a model of terabytes is refused here.
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        name = load_config.pretrained_model_name_or_path
+        if name is not None and not load_config.ignore_mismatched_sizes:
+            check_report(name, loading_info.to_dict())
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     # transformers calls this for freshly built weights and for those missing from a checkpoint; the functions of
     # `init` leave loaded ones alone.

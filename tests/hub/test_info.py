@@ -78,13 +78,17 @@ def test_what_is_said_of_a_classifier(pair, capsys):
 def test_an_explainer_without_fingerprint_or_out_of_reach_is_unknown(pair, tmp_path):
     config = json.loads((pair[1] / "config.json").read_text()) | {"backbone_fingerprint": None}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"backbone_fingerprint": "abc-def"}))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text(json.dumps(config | {"grid_size": 5}))
-    names = [str(tmp_path), str(tmp_path / "broken"), str(tmp_path / "none")]
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
+    names = [str(tmp_path / name) for name in ("", "odd", "broken", "none", "list")]
     found = describe(str(pair[0]), names)["explainers"]
-    assert [one["fit"] for one in found] == ["unknown"] * 3
-    assert "no fingerprint" in found[0]["reason"]
-    assert all("cannot be read" in one["reason"] for one in found[1:])
+    assert [one["fit"] for one in found] == ["unknown"] * 5
+    assert "no fingerprint" in found[0]["reason"] and "'abc-def' is no fingerprint" in found[1]["reason"]
+    assert all("cannot be read" in one["reason"] for one in found[2:])
 
 
 def test_explainers_of_an_author(online, monkeypatch, pair, capsys):

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from tiny import noise_image
 from transformers import pipeline
 
+from tve_hf import TVEConfig
 from tve_hf.cli import main
 from tve_hf.hub.model_card import render_card
 from tve_hf.released import CHECKPOINTS, DEFAULT_EXPLAINER
@@ -119,6 +120,18 @@ def test_report_is_taken_by_folder_or_file_and_two_of_a_name_are_refused(explain
     (again / "report.json").write_text((report / "report.json").read_text())
     with pytest.raises(ValueError, match="Two reports of one task"):
         render_card(explainer_folder, [report, again])
+
+
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("size", [32, [32, 48]])
+def test_size_in_either_form_of_the_config(explainer_folder, report, measured, size):
+    """As transformers saves them: one number, the default form, is a square."""
+    config = TVEConfig(image_size=size, grid_size=4, embedding_dim=24, backbone_name="toy/vit")
+    config.save_pretrained(explainer_folder)
+    assert json.loads((explainer_folder / "config.json").read_text())["image_size"] == size
+    text = render_card(explainer_folder, [report] if measured else []).text
+    (line,) = (line for line in text.splitlines() if line.startswith("| image, grid, hops |"))
+    assert f"| {'32 × 32' if size == 32 else '32 × 48'} pixels, 4 × 4 patches, 2 |" in line
 
 
 def test_own_picture_is_shown(explainer_folder, report):

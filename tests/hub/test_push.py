@@ -1,10 +1,12 @@
 """Up to the Hub and down again, against a server that speaks its protocol to the real client.
 
-How downloads fail is in tests/test_weights.py.
+How downloads fail is in tests/test_hub_errors.py.
 """
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,8 +23,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 from tve_hf import TVEExplainer
 from tve_hf.cli import main
+from tve_hf.hub import push as pushing
 from tve_hf.hub.model_card import render_card
-from tve_hf.hub.push import prepare
+from tve_hf.hub.push import prepare, publish
 from tve_hf.hub.remote_code import code_files
 from tve_hf.released import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
 
@@ -338,6 +341,67 @@ def test_push_refuses_an_explainer_without_results_and_a_missing_folder(owner, s
     assert "no folder" in push(tmp_path / "none", "org/tve", "--yes")
     assert "cannot be read" in push(shipped, "org/tve", "--results", *reports, "--card", tmp_path / "none.md", "--yes")
     assert owner.requests == []
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_failed_push_of_a_run_names_the_command_that_finishes_it(owner, shipped, push, monkeypatch, private):
+    """The folder of a run holds more than a checkpoint, and no code."""
+    (shipped / "checkpoint-500").mkdir()
+    (shipped / "checkpoint-500" / "optimizer.bin").write_bytes(b"momentum")
+    render_card(shipped, []).save(shipped / "README.md")
+    monkeypatch.setattr(pushing.time, "sleep", lambda seconds: None)
+    owner.faults = [Fault("GET /api/whoami", status=502, times=99)]
+    with pytest.raises(OSError, match="is complete, but could not be pushed to org/tve .*502") as error:
+        publish(shipped, "org/tve", private=private)
+    owner.faults = []
+    program, command, *arguments = shlex.split(re.search("run `(.*)`", str(error.value))[1])
+    assert (program, command) == ("tve-hf", "push")
+    assert "/org/tve/commit/" in push(*arguments)
+    files = owner.files("org/tve")
+    expected = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "training.json"}
+    assert files.keys() == expected | code_files().keys()
+    assert files["README.md"].decode() == str(render_card(shipped, [], "org/tve"))
+    assert owner.repos["org/tve"].private == private
+
+
+def test_classifier_that_lacks_weights_is_refused(owner, push, tmp_path):
+    folder = shutil.copytree(DEFAULT_CLASSIFIER, tmp_path / "vit")
+    for change, parts in (
+        ({"num_hidden_layers": 99}, "describes it, but the weights hold nothing"),
+        ({"intermediate_size": 8}, r"describes 8, but the weights hold \d+"),
+    ):
+        config = json.loads((DEFAULT_CLASSIFIER / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+        assert re.search(parts, push(folder, "org/vit", "--yes"))
+    (folder / "model.safetensors").write_bytes(b"short")
+    assert "model.safetensors cannot be loaded" in push(folder, "org/vit", "--yes")
+    assert owner.requests == []
+
+
+def test_card_and_push_need_no_training_libraries(owner, site, reports, tmp_path):
+    """In an environment of transformers, torch and pillow alone."""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{site}:{ROOT}", "HF_HOME": str(tmp_path / "home")}
+    environment |= {"HF_ENDPOINT": owner.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_owner"}
+    environment["NO_PROXY"] = "127.0.0.1"
+    results = ["--results", *map(str, reports)]
+    commands = [
+        ["card", str(DEFAULT_EXPLAINER), *results, "--output", str(tmp_path / "card.md")],
+        ["push", str(DEFAULT_EXPLAINER), "org/tve", "--yes", *results],
+    ]
+    code = f"""
+import sys
+from tve_hf.cli import main
+codes = [main(command) for command in {commands}]
+extras = {{"accelerate", "captum", "datasets", "matplotlib", "scipy", "sklearn", "timm"}}
+print(codes, sorted(extras & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[0, 0] []", done.stderr
+    assert (tmp_path / "card.md").read_text().strip() == str(render_card(DEFAULT_EXPLAINER, reports)).strip()
+    assert "README.md" in owner.files("org/tve")
 
 
 @pytest.mark.parametrize(

@@ -66,5 +66,5 @@ def test_a_failing_push_is_tried_again(tmp_path, monkeypatch):
     assert len(tried) == pushing.ATTEMPTS
     tried.clear()
     fails_until = pushing.ATTEMPTS + 1
-    with pytest.raises(OSError, match="is complete, but could not be pushed.*502.*run `hf upload ada/mine"):
+    with pytest.raises(OSError, match="is complete, but could not be pushed.*502.*run `tve-hf push .* ada/mine"):
         pushing.publish(tmp_path, "ada/mine", private=False)

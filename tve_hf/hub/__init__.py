@@ -1,1 +1,1 @@
-"""Share explainers: cards, code that travels with the weights, pushing, and what is there."""
+"""Share explainers: cards, code that travels with the weights, pushing, and finding them."""

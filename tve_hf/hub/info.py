@@ -9,8 +9,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..classifiers import split_classifier
 from ..compatibility import verdict_by_name
+from ..hub_errors import asking_hub
 from ..released import TAG
-from ..weights import hub_error
 
 
 def explainers_of(author: str) -> list[str]:
@@ -19,10 +19,8 @@ def explainers_of(author: str) -> list[str]:
     Raises:
         OSError: If the Hub cannot be reached or refuses.
     """
-    try:
+    with asking_hub(author):
         return sorted(model.id for model in HfApi().list_models(author=author, filter=TAG))
-    except Exception as error:
-        raise hub_error(error, author) from error
 
 
 def explainers_in(collection: str) -> list[str]:
@@ -34,15 +32,19 @@ def explainers_in(collection: str) -> list[str]:
     Raises:
         OSError: If there is none, or the Hub cannot be reached or refuses.
     """
-    try:
-        return [item.item_id for item in HfApi().get_collection(collection).items if item.item_type == "model"]
-    except Exception as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code == 404:
-            raise OSError(
-                f"There is no collection {collection!r} at {constants.ENDPOINT} that you may see; pass the end of its "
-                "address, owner/title-id."
-            ) from error
-        raise hub_error(error, collection) from error
+    with asking_hub(collection):
+        try:
+            items = HfApi().get_collection(collection).items
+        except HfHubHTTPError as error:
+            if error.response.status_code != 404:
+                raise
+            items = None
+    if items is None:
+        raise OSError(
+            f"There is no collection {collection!r} at {constants.ENDPOINT} that you may see; pass the end of its "
+            "address, owner/title-id."
+        )
+    return [item.item_id for item in items if item.item_type == "model"]
 
 
 @torch.no_grad()
@@ -64,7 +66,7 @@ def describe(name: str, explainers: Iterable[str] = ()) -> dict[str, Any]:
         grid = list(classifier.default_grid())
     except ValueError:  # no grid divides its images
         grid = None
-    judged = {explainer: verdict_by_name(explainer, classifier) for explainer in explainers}
+    verdicts = {explainer: verdict_by_name(explainer, classifier) for explainer in explainers}
     features = zip(classifier.backbone.feature_names, output.features, strict=True)
     return {
         "classifier": name,
@@ -77,29 +79,30 @@ def describe(name: str, explainers: Iterable[str] = ()) -> dict[str, Any]:
         "grid": grid,
         "fingerprint": classifier.fingerprint(),
         "explainers": [
-            {"explainer": explainer, "fit": found.fit, "reason": found.reason} for explainer, found in judged.items()
+            {"explainer": explainer, "fit": verdict.fit, "reason": verdict.reason}
+            for explainer, verdict in verdicts.items()
         ],
     }
 
 
-def text_of(found: dict[str, Any]) -> str:
-    """What `describe` found, for people to read."""
+def text_of(description: dict[str, Any]) -> str:
+    """What `describe` returns, for people to read."""
 
     def sides(values: list[int] | None) -> str:
         return " x ".join(map(str, values)) if values else "as each image has it"
 
-    classes = found["classes"]
+    classes = description["classes"]
     some = ", ".join(classes[:3]) + (", ..." if classes[3:] else "")
-    grid = found["grid"]
+    grid = description["grid"]
     cost = f", so exact maps take 2·{grid[0] * grid[1]} masked passes each" if grid else ""
     lines = {
         "classes": f"{len(classes)}: {some}" if classes else "none until candidate labels are given",
-        "images": f"{sides(found['image_size'])} pixels" if found["image_size"] else "rows of patches",
-        "head": f"{' + '.join(found['head'])}, reads D = {found['embedding_dim']}",
-        "features": "; ".join(f"{name} ({sides(shape)})" for name, shape in found["features"].items()),
+        "images": f"{sides(description['image_size'])} pixels" if description["image_size"] else "rows of patches",
+        "head": f"{' + '.join(description['head'])}, reads D = {description['embedding_dim']}",
+        "features": "; ".join(f"{name} ({sides(shape)})" for name, shape in description["features"].items()),
         "grid": f"{sides(grid)} patches{cost}" if grid else "none divides the images; pass grid_size",
-        "fingerprint": found["fingerprint"],
+        "fingerprint": description["fingerprint"],
     }
-    told = [found["classifier"], *(f"  {name:12} {value}" for name, value in lines.items()), "explainers"]
-    told += [f"  {one['explainer']}: {one['fit']}; it {one['reason']}" for one in found["explainers"]]
-    return "\n".join(told if found["explainers"] else [*told, "  none"])
+    text = [description["classifier"], *(f"  {name:12} {value}" for name, value in lines.items()), "explainers"]
+    text += [f"  {one['explainer']}: {one['fit']}; it {one['reason']}" for one in description["explainers"]]
+    return "\n".join(text if description["explainers"] else [*text, "  none"])

@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def report_file(path: Path) -> Path:
-    """The report of an evaluation, given itself or the folder that `tve-hf evaluate` wrote."""
+    """The report of an evaluation: a path of its own, or of the folder that `tve-hf evaluate` wrote."""
     return path / "report.json" if path.is_dir() else path
 
 
@@ -79,18 +79,24 @@ def _shares(results: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def _shape_values(config: dict[str, Any]) -> dict[str, str]:
+    """What every explainer's config says of it; one number of a size means a square."""
+    return {
+        "backbone": config["backbone_name"],
+        "fingerprint": config["backbone_fingerprint"],
+        "grid": " × ".join(map(str, as_pair(config["grid_size"]))),
+        "image": " × ".join(map(str, as_pair(config["image_size"]))),
+        "hops": str(config["hops"]),
+        "embedding_dim": str(config["embedding_dim"]),
+    }
+
+
 def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
     training = read_json(folder / "training.json")
     arguments, last = training["arguments"], training["log"][-1]
     picture = (PICTURE, "of this explainer") if (folder / PICTURE).is_file() else (_CHELSEA, "of the one in tve_hf")
-    return {
+    return _shape_values(config) | {
         "picture": "![A photograph under its map, {1}]({0})".format(*picture),
-        "backbone": config["backbone_name"],
-        "fingerprint": config["backbone_fingerprint"],
-        "grid": " × ".join(str(side) for side in as_pair(config["grid_size"])),
-        "image": " × ".join(str(side) for side in config["image_size"]),
-        "hops": str(config["hops"]),
-        "embedding_dim": str(config["embedding_dim"]),
         "agreement": _agreement(results),
         "fidelity": _fidelity(results),
         "shares": _shares(results),
@@ -122,21 +128,13 @@ def _pretrained_values(folder: Path, config: dict[str, Any], results: dict[str, 
         "Fidelity+ − Fidelity− AUC of sampled maps": "sampled_fidelity_gap",
     }
     measured = [[title, f"{float(last[key]):.3f}"] for title, key in lines.items() if key in last]
-    side = config["grid_size"]
-    rows, columns = side if isinstance(side, list) else (side, side)
-    given = training["arguments"].items()
-    told = {name: value for name, value in given if name != "output_dir" and value not in (None, [], False, 0)}
-    return {
-        "backbone": config["backbone_name"],
-        "fingerprint": config["backbone_fingerprint"],
-        "grid": f"{rows} × {columns}",
-        "image": " × ".join(str(side) for side in config["image_size"]),
-        "hops": str(config["hops"]),
-        "embedding_dim": str(config["embedding_dim"]),
+    arguments = training["arguments"].items()
+    settings = {name: value for name, value in arguments if name != "output_dir" and value not in (None, [], False, 0)}
+    return _shape_values(config) | {
         "steps": str(last["step"]),
         "measured": _table([["held-out images", ""], *measured]) if measured else "It was not measured.",
         "bad_images": str(bad["number"]),
-        "settings": "\n".join(f"- `{name}`: `{value}`" for name, value in told.items()),
+        "settings": "\n".join(f"- `{name}`: `{value}`" for name, value in settings.items()),
     }
 
 
@@ -154,9 +152,9 @@ def _classifier_values(folder: Path, config: dict[str, Any], results: dict[str, 
 
 
 def _sources(arguments: dict[str, Any]) -> list[str]:
-    """What was trained on, as the training command was told: a data set, files or patterns."""
-    told = arguments.get("dataset_name") or arguments.get("train_files") or []
-    return [told] if isinstance(told, str) else told
+    """What was trained on, as the arguments of the command name it: a data set, files or patterns."""
+    sources = arguments.get("dataset_name") or arguments.get("train_files") or []
+    return [sources] if isinstance(sources, str) else sources
 
 
 def _on_the_hub(name: str) -> bool:
@@ -179,17 +177,17 @@ def _datasets(arguments: dict[str, Any], tasks: Iterable[str]) -> list[str]:
 
 def _metrics(results: dict[str, dict[str, Any]]) -> list[EvalResult]:
     """Agreement with exact, and the fidelity of the maps under each removal operator, of each task."""
-    found = []
+    metrics = []
     for task, report in results.items():
         values = [("spearmanr", "median Spearman with exact", report["summary"]["median_spearman"])]
         for removal, rows in report["summary"]["fidelity"].items():
             name = f"Fidelity+ AUC less Fidelity- AUC, removed pixels: {removal}"
             values.append((f"fidelity_gap_{removal}", name, rows["tve"]["gap"][0]))
-        found += [
+        metrics += [
             EvalResult("image-classification", task, task, metric, float(value), metric_name=name)
             for metric, name, value in values
         ]
-    return [result for result in found if math.isfinite(result.metric_value)]
+    return [result for result in metrics if math.isfinite(result.metric_value)]
 
 
 # How a checkpoint is described, by its model_type and whether there are results: template, values, tags for the Hub.

@@ -1,6 +1,7 @@
 """Push a checkpoint to the Hub: files and card, checked before anything is sent, in one commit."""
 
 import re
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,6 @@ import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import (
     BadRequestError,
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -21,7 +20,8 @@ from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, Aut
 from transformers.utils import logging
 from yaml import YAMLError
 
-from ..weights import BAD_TOKEN, find_weights, hub_error, open_source
+from ..hub_errors import asking_hub
+from ..weights import check_report, find_weights, open_source
 from .model_card import PICTURE, read_json, render_card, report_file, task_of
 from .remote_code import code_files, config_with_code
 
@@ -69,18 +69,20 @@ class Push:
         api = HfApi(token=self.token)
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in self.files.items()]
         operations += [CommitOperationDelete(name) for name in self.removed]
-        try:
+        with asking_hub(self.repo_id, self.branch):
             if not self.exists:
                 api.create_repo(self.repo_id, private=self.private, exist_ok=True)
             if self.branch != "main":
                 api.create_branch(self.repo_id, branch=self.branch, exist_ok=True)
-            return api.create_commit(
-                self.repo_id, operations, commit_message="Upload checkpoint and card", revision=self.branch
-            )
-        except Exception as error:
-            if type(error) is ValueError and isinstance(error.__cause__, BadRequestError):
-                raise ValueError(f"{api.endpoint} does not take the card: {' '.join(str(error).split())}") from error
-            raise hub_error(error, self.repo_id, self.branch) from error
+            try:
+                return api.create_commit(
+                    self.repo_id, operations, commit_message="Upload checkpoint and card", revision=self.branch
+                )
+            except ValueError as error:
+                if type(error) is not ValueError or not isinstance(error.__cause__, BadRequestError):
+                    raise
+                reason = " ".join(str(error).split())
+        raise ValueError(f"{api.endpoint} does not take the card: {reason}")
 
 
 def prepare(
@@ -121,24 +123,22 @@ def prepare(
         files["config.json"] = config_with_code(folder).encode()
         files |= {name: text.encode() for name, text in code_files().items()}
     if measured and not results and read_json(folder / "config.json")["model_type"] == "tve":
-        raise ValueError(f"{folder} needs measured results; run `tve-hf evaluate` and pass its reports as --results.")
-    results, said = _as_in_card(folder, results, card)
-    license = license or said
+        raise ValueError(
+            f"{folder} needs measured results; run `tve-hf evaluate` and pass its reports as --results, or pass "
+            "--unmeasured."
+        )
+    results, license_of_card = _as_in_card(folder, results, card)
+    license = license or license_of_card
     left_out = sorted(path.name for path in folder.iterdir() if path.name not in {*files, _CARD})
 
     branch = branch or "main"
     api = HfApi(token=token)
     repo_id = writable(api, repo_id)
     files[_CARD] = str(render_card(folder.resolve(), results, repo_id, license)).encode()
-    there: list[str] | None
-    try:
-        there = _files_there(api, repo_id, branch, private)
-    except ValueError:
-        raise
-    except Exception as error:
-        raise hub_error(error, repo_id, branch) from error
-    removed = [name for name in there or [] if _WEIGHTS.fullmatch(name) and name not in files]
-    return Push(repo_id, branch, private, there is not None, files, removed, left_out, token)
+    with asking_hub(repo_id, branch):
+        pushed_before = _files_in(api, repo_id, branch, private)
+    removed = [name for name in pushed_before or [] if _WEIGHTS.fullmatch(name) and name not in files]
+    return Push(repo_id, branch, private, pushed_before is not None, files, removed, left_out, token)
 
 
 def publish(folder: Path, repo_id: str, private: bool) -> None:
@@ -153,9 +153,10 @@ def publish(folder: Path, repo_id: str, private: bool) -> None:
             return
         except OSError as error:
             if attempt == ATTEMPTS:
+                command = shlex.join(["tve-hf", "push", str(folder), repo_id, "--unmeasured", "--yes"])
                 raise OSError(
                     f"{folder} is complete, but could not be pushed to {repo_id} ({error}); run "
-                    f"`hf upload {repo_id} {folder}`."
+                    f"`{command}{' --private' if private else ''}`."
                 ) from error
             logger.warning(f"The push to {repo_id} failed ({error}); trying again.")
             time.sleep(2**attempt)
@@ -178,19 +179,27 @@ def _checked_files(folder: Path) -> dict[str, Path]:
             for key in tensors.keys():
                 if not torch.isfinite(tensors.get_tensor(key)).all():
                     raise ValueError(f"{path} holds NaN or infinity in {key}; train it again before pushing it.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    kind = AutoModelForImageClassification if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING else AutoModel
-    try:
-        _, report = kind.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except RuntimeError as error:
-        raise ValueError(f"{folder} cannot be loaded; its config.json does not fit its weights: {error}") from error
-    if report["missing_keys"]:
-        raise ValueError(f"{folder} lacks the weights {sorted(report['missing_keys'])[0]}; save it again.")
+    _check_loads(folder)
     index = sorted(folder.glob("model.safetensors.index.json")) if len(weights) > 1 else []
     picture = [path for path in [folder / PICTURE] if path.is_file()]
     return {path.name: path for path in [*(folder / name for name in FILES), *index, *weights, *picture]}
+
+
+def _check_loads(folder: Path) -> None:
+    """Refuse a checkpoint whose config and weights do not fit each other."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    is_classifier = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    kind = AutoModelForImageClassification if is_classifier else AutoModel
+    # Explainers check themselves.
+    _, report = kind.from_pretrained(
+        folder,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=is_classifier,
+    )
+    # Classifiers are often saved with more than they use, such as a pooler.
+    check_report(str(folder), report | {"unexpected_keys": set()})
 
 
 def _as_in_card(folder: Path, results: list[Path], card: Path | None) -> tuple[list[Path], str | None]:
@@ -234,17 +243,15 @@ def _license_in(card: Path, text: str) -> str | None:
 
 
 def writable(api: HfApi, repo_id: str) -> str:
-    """The full name of a repository that the token may write to."""
-    try:
+    """The full name of a repository that the token may write to, if it exists, or else may create.
+
+    `HfApi.auth_check` knows only of repositories that exist, and most are new.
+
+    Raises:
+        OSError: If there is no token, it may not write there, or the Hub cannot be reached.
+    """
+    with asking_hub(repo_id):
         me = api.whoami()
-    except LocalTokenNotFoundError:
-        raise OSError(
-            "There is no token; log in with `hf auth login`, or set HF_TOKEN, to one that may write."
-        ) from None
-    except Exception as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
-            raise OSError(BAD_TOKEN) from error
-        raise hub_error(error, repo_id) from error
     repo_id = repo_id if "/" in repo_id else f"{me['name']}/{repo_id}"
     validate_repo_id(repo_id)
     namespace = repo_id.split("/")[0]
@@ -264,7 +271,7 @@ def writable(api: HfApi, repo_id: str) -> str:
     return repo_id
 
 
-def _files_there(api: HfApi, repo_id: str, branch: str, private: bool | None) -> list[str] | None:
+def _files_in(api: HfApi, repo_id: str, branch: str, private: bool | None) -> list[str] | None:
     """Names of the repository's files, on the branch or where it would start; None if there is no repository."""
     try:
         info = api.model_info(repo_id)
