@@ -27,7 +27,7 @@ from .batches import Batch, batches_of, steps_of
 from .checkpointing import UNFINISHED, Progress, load_checkpoint, remove_unfinished, save_checkpoint, writing
 from .held_out import HeldOut
 from .held_out_coalitions import HeldOutCoalitions
-from .images import first_images, open_images
+from .images import draw_images, open_images
 from .label_cache import LabelCache
 from .labels import LOSSES, draw, exact_labels, label_weights, model_inputs
 from .model import build_explainer, build_optimizer, choose_attention, with_sizes_of_explainer
@@ -67,13 +67,14 @@ class _Run:
         self.teacher = teacher.reading(tuple(config.feature_names))
         self.label_weights: Tensor | None = None
         if args.normalize_labels:  # measured anew when a run is resumed: the same images and patches, so the same
-            pixel_values = first_images(self.images, self.classifier, LABEL_IMAGES).to(accelerator.device)
+            pixel_values = draw_images(self.images, self.classifier, LABEL_IMAGES, args.seed, args.shuffle_buffer)
+            pixel_values = pixel_values.to(accelerator.device)
             _, states = draw(args, 0, self.steps, len(pixel_values), config)
             self.label_weights = label_weights(self.classifier, config, pixel_values, states.to(accelerator.device))
         self.held_out: HeldOut | None = None
         if args.validation_files or args.validation_split:
             held = open_images(args, args.validation_files, args.validation_split or "train", args.streaming)
-            pixel_values = first_images(held, self.classifier, args.validation_images)
+            pixel_values = draw_images(held, self.classifier, args.validation_images, args.seed, args.shuffle_buffer)
             watch = HeldOutCoalitions if config.backgrounds == "random" else HeldOut
             self.held_out = watch(self.classifier, pixel_values.to(accelerator.device), config)
         self._prepare(explainer)
