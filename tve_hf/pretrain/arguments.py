@@ -1,4 +1,4 @@
-"""Settings of a pre-training run, and what is wrong with them, found before anything is loaded."""
+"""Settings of a pre-training run, and what is wrong with them, said before anything is loaded."""
 
 import tempfile
 from dataclasses import asdict, dataclass, field

@@ -1,5 +1,6 @@
 """Checkpoints that are complete or absent."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,11 +16,12 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .processes import WORKER_DIED
-
 # Of a stream whose length is unknown, this many images are read before the share of bad ones counts.
 MIN_IMAGES = 1000
 UNFINISHED = ".partial"  # a folder that is being written or removed
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# So says `torch.save`, without a number, when the system refuses to write.
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed writing", "unexpected pos")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -33,7 +35,7 @@ def remove_unfinished(output_dir: Path) -> None:
         shutil.rmtree(folder)
 
 
-def settle(folder: Path) -> None:
+def sync_to_disk(folder: Path) -> None:
     """Bring the files of a folder to the disk, so that a rename after it cannot outlive them in a power cut."""
     for path in (*folder.rglob("*"), folder):
         descriptor = os.open(path, os.O_RDONLY)
@@ -43,22 +45,37 @@ def settle(folder: Path) -> None:
             os.close(descriptor)
 
 
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a disk, a quota or the largest size of a file was at its end, whichever library wrote."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+            return True
+        if isinstance(error, SafetensorError) and any(f"(os error {number})" in text for number in DISK_IS_FULL):
+            return True
+        if isinstance(error, RuntimeError) and any(words in text for words in TORCH_CANNOT_WRITE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextmanager
 def writing(what: str, output_dir: Path, unfinished: Path | None = None) -> Iterator[None]:
-    """Let a with-block write, perhaps in the folder `unfinished`; if it fails, remove that and say what is left.
+    """Let a with-block write, perhaps in the folder `unfinished`, which is removed if the block fails.
 
     Raises:
-        OSError: In place of whatever the many writers raise when the disk is full.
+        OSError: In place of whatever the many writers raise when the disk is full; it says what is left. Every other
+            error stays as it is.
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         if unfinished:
             shutil.rmtree(unfinished, ignore_errors=True)
+        if not is_disk_full(error):
+            raise
         last = checkpoints(output_dir)
         left = f"{last[-1]} is intact" if last else "there is no earlier checkpoint"
-        if WORKER_DIED in str(error):  # which is told in the middle of whatever goes on
-            raise
         raise OSError(
             f"{what} could not be written in {output_dir} ({' '.join(str(error).split())}); {left}. "
             "Free some space and run the same command again."
@@ -94,7 +111,7 @@ def save_checkpoint(
         if accelerator.is_main_process:
             text = json.dumps({"step": step, **progress, "positions": positions})
             (unfinished / "progress.json").write_text(text)
-            settle(unfinished)
+            sync_to_disk(unfinished)
             os.replace(unfinished, folder)
             for old in checkpoints(output_dir)[:-total_limit]:
                 doomed = old.with_suffix(UNFINISHED)
@@ -153,9 +170,9 @@ class Progress:
         self.log, self.bad = saved["log"], saved.get("bad", {})
         self.sums, self.since = torch.tensor(saved.get("sums", [0.0, 0.0])), saved.get("since", 0)
 
-    def note_bad(self, found: dict[str, str], share: float, number: int | None, read: int) -> None:
+    def count_bad(self, reasons: dict[str, str], share: float, number: int | None, read: int) -> None:
         """Count images that could not be read; raises ValueError if they are too many of `number`, or of `read`."""
-        self.bad |= found
+        self.bad |= reasons
         if len(self.bad) > share * (number or max(read, MIN_IMAGES)):
             first = ", ".join(list(self.bad)[:5])
             raise ValueError(
