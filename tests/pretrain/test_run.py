@@ -68,10 +68,9 @@ def test_changed_settings_are_refused_by_name(whole, isolated, tmp_path, monkeyp
 def test_old_checkpoints_without_settings_are_resumed(whole, isolated, tmp_path, monkeypatch):
     settings, weights, _ = whole
     settings = settings | {"output_dir": str(tmp_path / "run")}
-    monkeypatch.setattr(loop, "take_step", before_step(4, fill_disk))
-    with pytest.raises(OSError):
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(loop, "take_step", before_step(4, fill_disk))
         pretrain(PretrainArguments(**settings))
-    monkeypatch.undo()
     path = tmp_path / "run" / "checkpoint-2" / "progress.json"
     saved = json.loads(path.read_text())
     path.write_text(json.dumps({"step": saved["step"], "log": saved["log"]}))
