@@ -152,10 +152,18 @@ def test_every_writer_is_understood_on_a_full_disk(tmp_path, writer):
     assert is_disk_full(caught.value)
 
 
+def cut_short() -> RuntimeError:
+    """What `torch.save` raises where another error ended it in the middle of a file."""
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+    error.__context__ = RuntimeError("CUDA error: an illegal memory access was encountered")
+    return error
+
+
 @pytest.mark.parametrize(
     "error",
     [
         RuntimeError("CUDA error: out of memory"),
+        cut_short(),
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
         PermissionError(errno.EACCES, "Permission denied"),
         OSError(errno.EIO, "Input/output error"),

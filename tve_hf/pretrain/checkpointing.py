@@ -21,7 +21,7 @@ MIN_IMAGES = 1000
 UNFINISHED = ".partial"  # a folder that is being written or removed
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # So says `torch.save`, without a number, when the system refuses to write.
-TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed writing", "unexpected pos")
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -45,18 +45,20 @@ def sync_to_disk(folder: Path) -> None:
             os.close(descriptor)
 
 
-def is_disk_full(error: BaseException | None) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Whether a disk, a quota or the largest size of a file was at its end, whichever library wrote."""
-    while error is not None:
-        text = str(error)
-        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-            return True
-        if isinstance(error, SafetensorError) and any(f"(os error {number})" in text for number in DISK_IS_FULL):
-            return True
-        if isinstance(error, RuntimeError) and any(words in text for words in TORCH_CANNOT_WRITE):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    numbered = any(
+        (isinstance(link, OSError) and link.errno in DISK_IS_FULL)
+        or (isinstance(link, SafetensorError) and any(f"(os error {number})" in str(link) for number in DISK_IS_FULL))
+        for link in chain
+    )
+    # All of them: torch also complains of a file that another error has cut short.
+    return numbered or all(any(words in str(link) for words in TORCH_CANNOT_WRITE) for link in chain)
 
 
 @contextmanager
