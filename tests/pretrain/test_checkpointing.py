@@ -27,7 +27,7 @@ KILLS = {
     "after the rename": ("tve_hf.pretrain.checkpointing.os.replace", 3),
     "removing the old one": ("tve_hf.pretrain.checkpointing.shutil.rmtree", 1),
     "writing the explainer": ("tve_hf.TVEExplainer.save_pretrained", 1),
-    "moving the explainer": ("tve_hf.pretrain.finish.os.replace", 2),
+    "moving the explainer": ("tve_hf.pretrain.finish.os.replace", 7),
 }
 
 
