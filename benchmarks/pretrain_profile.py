@@ -30,6 +30,7 @@ from transformers import HfArgumentParser
 
 from tve_hf.pretrain import PretrainArguments
 from tve_hf.pretrain import loop as module
+from tve_hf.pretrain.model import HALF
 
 PAGE_MB = resource.getpagesize() / 2**20
 
@@ -131,12 +132,12 @@ class Profile:
 def main() -> None:
     (args,) = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()
     profile = Profile()
-    module.exact_meta_attribution = profile.timed("masked", module.exact_meta_attribution)
-    module._Run.step = profile.end_of_step(profile.timed("step", module._Run.step))
+    module.exact_labels = profile.timed("masked", module.exact_labels)
+    module.take_step = profile.end_of_step(profile.timed("step", module.take_step))
     module.batches_of = profile.batches_of(module.batches_of)
     module.pretrain(args)
     command = shlex.join(["python", *sys.argv])
-    dtype = module.HALF.get(args.mixed_precision, torch.float32)
+    dtype = HALF.get(args.mixed_precision, torch.float32)
     report = profile.report(args.batch_size * args.gradient_accumulation_steps, dtype)
     print(json.dumps({"command": command} | report))
 

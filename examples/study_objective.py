@@ -29,8 +29,8 @@ from tve_hf.evaluation.statistics import bootstrap_interval
 from tve_hf.pretrain import PretrainArguments
 from tve_hf.pretrain.batches import Order
 from tve_hf.pretrain.images import Images, first_images
-from tve_hf.pretrain.loop import HALF, draw
-from tve_hf.pretrain.model import build_explainer, build_optimizer, choose_attention
+from tve_hf.pretrain.labels import draw
+from tve_hf.pretrain.model import HALF, build_explainer, build_optimizer, choose_attention
 from tve_hf.verification import Pair, prediction_errors, spearman
 
 Loss = Callable[[Pair, Pair], Tensor]  # of predicted and exact, (B, k, D) each
@@ -150,7 +150,7 @@ def train(
         return found[0].float(), found[1].float()
 
     first = pixel_values[:128]
-    _, patch_idx = draw(args, steps, steps, len(first), config.num_patches)
+    _, patch_idx = draw(args, steps, steps, len(first), config)
     exact, inputs = exact_of(first, patch_idx), look(teacher, first)
     seconds.clear()
     with torch.no_grad():
@@ -167,7 +167,7 @@ def train(
     order = Order(number, batch_size, 1, 0, 1, args.seed, 0, longer * steps)
     for step, keys in enumerate(tqdm(order, total=longer * steps, unit="step", mininterval=30)):
         rows = [key.number for key in keys]
-        mirrored, patch_idx = draw(args, step, steps, batch_size, config.num_patches)
+        mirrored, patch_idx = draw(args, step, steps, batch_size, config)
         if step < steps:
             images = torch.where(mirrored.view(-1, 1, 1, 1), pixel_values[rows].flip(-1), pixel_values[rows])
             begun = time.process_time()

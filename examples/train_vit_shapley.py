@@ -43,7 +43,7 @@ from tve_hf.images import load_image
 from tve_hf.patches import mask_patches
 from tve_hf.pretrain import config_for
 from tve_hf.pretrain.checkpointing import load_checkpoint, save_checkpoint
-from tve_hf.pretrain.loop import HALF
+from tve_hf.pretrain.model import HALF
 from tve_hf.vit_shapley.coalitions import coalition_values, head_fingerprint, random_coalitions, sample_coalitions
 
 Objective = Callable[[nn.Module, Tensor, torch.Generator], Tensor]  # model, pixel_values -> loss

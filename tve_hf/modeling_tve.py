@@ -66,6 +66,10 @@ class TVEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["TVELayer", "ViTMAELayer", "ViTMAEEmbeddings", "TVEMixerLayer"]
 
+    def __init__(self, config: BackboneReaderConfig) -> None:
+        super().__init__(config)
+        self.input_shape = (config.num_channels, *config.image_shape)  # of an image
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load as any model of transformers, but only whole safetensors files that hold what the config describes.
@@ -111,10 +115,10 @@ class TVEPreTrainedModel(PreTrainedModel):
     def _check_pixel_values(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
         if pixel_values is None:
             raise ValueError("pixel_values are missing, pass normalised images of shape (B, channels, height, width).")
-        expected = (self.config.num_channels, *self.config.image_shape)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != self.input_shape:
+            expected = ", ".join(map(str, self.input_shape))
             raise ValueError(
-                f"pixel_values have shape {tuple(pixel_values.shape)}, expected (B, {', '.join(map(str, expected))}); "
+                f"pixel_values have shape {tuple(pixel_values.shape)}, expected (B, {expected}); "
                 f"resize with the processor of the explainer's checkpoint."
             )
         return pixel_values

@@ -48,8 +48,8 @@ def test_profile_of_a_run(tmp_path, monkeypatch, capsys, isolated) -> None:
 
     from tve_hf.pretrain import loop as pretrain
 
-    for owner, name in ((pretrain, "exact_meta_attribution"), (pretrain, "batches_of"), (pretrain._Run, "step")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back what the script replaces
+    for name in ("exact_labels", "batches_of", "take_step"):
+        monkeypatch.setattr(pretrain, name, getattr(pretrain, name))  # put back what the script replaces
     arguments = []
     for name, value in (save_run(tmp_path) | {"output_dir": str(tmp_path / "run")}).items():
         arguments += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]

@@ -9,11 +9,13 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import noise_image, save_classifier
+from scipy.stats import chisquare, kstest
+from tiny import SIDE, noise_image, save_classifier
+from transformers import ViTImageProcessorPil
 
 from tve_hf import split_classifier
 from tve_hf.pretrain import PretrainArguments
-from tve_hf.pretrain.images import first_images, open_images, random_crop, read_image
+from tve_hf.pretrain.images import Images, draw_images, first_images, open_images, random_crop, read_image
 
 NUMBER = 3
 
@@ -121,7 +123,7 @@ def test_what_is_missing_or_empty_is_named(sources, tmp_path):
         opened([str(tmp_path / "broken.parquet")])
 
 
-def test_validation_takes_the_first_readable_images(tmp_path):
+def test_the_first_readable_images(tmp_path):
     classifier = split_classifier(save_classifier(tmp_path / "classifier"))
     rows = {"image": [b"broken", png(1), png(2), png(3)]}
     features = datasets.Features({"image": datasets.Value("binary")})
@@ -133,6 +135,45 @@ def test_validation_takes_the_first_readable_images(tmp_path):
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "bad.parquet")
     with pytest.raises(ValueError, match="bad.parquet holds no image that can be read"):
         first_images(opened([str(tmp_path / "bad.parquet")]), classifier, 2)
+
+
+CLASSES, OF_EACH = 8, 25
+
+
+@pytest.fixture(scope="module")
+def grey_classifier(tmp_path_factory):
+    """One whose pixels are grey levels as they are."""
+    processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_rescale=False, do_normalize=False)
+    return split_classifier(save_classifier(tmp_path_factory.mktemp("grey"), processor=processor))
+
+
+def sorted_by_class(streaming):
+    """Grey images in the order of their classes; the level is the row, so it tells the class."""
+    encoded = [datasets.Image().encode_example(Image.new("RGB", (8, 8), (row,) * 3)) for row in range(200)]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    rows = datasets.Dataset.from_dict({"image": encoded}, features=features)
+    return Images(rows.to_iterable_dataset() if streaming else rows, "image", "rows", len(rows))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_of_a_sorted_set_are_drawn_from_all_its_classes(grey_classifier, streaming):
+    images = sorted_by_class(streaming)
+
+    def rows(seed, number=16, buffer_size=1000):
+        drawn = draw_images(images, grey_classifier, number, seed, buffer_size)
+        assert drawn.shape == (number, 3, SIDE, SIDE)
+        return drawn[:, 0, 0, 0].int().tolist()
+
+    drawn = [rows(seed) for seed in range(50)]
+    assert all(len(set(numbers)) == 16 for numbers in drawn)
+    # First rows are of one class. 16 random ones are of three or fewer of eight with a probability below 1e-5.
+    assert min(len({number // OF_EACH for number in numbers}) for numbers in drawn) > 3
+    counts = np.bincount(np.concatenate(drawn) // OF_EACH, minlength=CLASSES)
+    assert chisquare(counts).pvalue > 1e-3
+    assert rows(7) == drawn[7] and rows(7, 8) == drawn[7][:8]
+    assert len({tuple(numbers) for numbers in drawn}) == 50
+    if streaming:  # no more rows are read than fit in the buffer
+        assert max(rows(0, 5, 10)) < 10
 
 
 def test_random_crop():
@@ -148,3 +189,15 @@ def test_random_crop():
     assert len({crop.shape for crop in crops}) > 50
     line = Image.new("RGB", (100, 1))
     assert random_crop(line, random.Random(0)).size == (100, 1)
+
+
+def test_the_ratios_of_crops_are_those_of_torchvision_and_mae():
+    """log(width / height) is uniform from log(3 / 4) to log(4 / 3), where every ratio fits into the image."""
+    image = Image.new("L", (1000, 1000))
+    sizes = np.array([random_crop(image, random.Random(seed)).size for seed in range(3000)])
+    width, height = sizes[sizes.prod(1) < 0.74 * 1000**2].T
+    assert len(width) > 1500
+    ratios = np.log(width / height)
+    low, high = np.log(3 / 4), np.log(4 / 3)
+    assert kstest(ratios, "uniform", args=(low, high - low)).pvalue > 1e-3
+    assert np.median(ratios) == pytest.approx(0, abs=0.02)

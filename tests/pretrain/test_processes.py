@@ -11,12 +11,11 @@ import time
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from interruptions import before_step
 from tiny import save_run
 
-import tve_hf
-from tve_hf.patches import sample_patches
-from tve_hf.pretrain import PretrainArguments, pretrain
-from tve_hf.pretrain.processes import alone_in
+from tve_hf.pretrain import PretrainArguments, loop, pretrain
+from tve_hf.pretrain.processes import lock_folder
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -29,22 +28,19 @@ def settings(tmp_path):
 def test_a_second_run_is_kept_out_until_the_first_is_killed(settings, tmp_path, monkeypatch):
     """The first hangs in its step 4, with a worker that outlives it for a while."""
     arrived = multiprocessing.Event()
-    calls = []
 
-    def hang(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            arrived.set()
-            time.sleep(600)
-        return sample_patches(*arguments)
+    def hang():
+        arrived.set()
+        time.sleep(600)
 
     settings["dataloader_num_workers"] = 1
-    monkeypatch.setattr(tve_hf.pretrain.labels, "sample_patches", hang)
+    take_step = loop.take_step
+    monkeypatch.setattr(loop, "take_step", before_step(4, hang))
     first = multiprocessing.get_context("fork").Process(target=lambda: pretrain(PretrainArguments(**settings)))
     first.start()
     try:
         assert arrived.wait(120)
-        monkeypatch.setattr(tve_hf.pretrain.labels, "sample_patches", sample_patches)
+        monkeypatch.setattr(loop, "take_step", take_step)
         with pytest.raises(
             OSError, match=rf"Another run \(process {first.pid} on .*\) is writing in .*run; wait for it"
         ):
@@ -68,7 +64,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     monkeypatch.setattr(fcntl, "lockf", refuse)
     logger = logging.getLogger("tve_hf")
     logger.addHandler(caplog.handler)
-    with alone_in(tmp_path):
+    with lock_folder(tmp_path):
         pass
     logger.removeHandler(caplog.handler)
     assert "cannot be locked (" in caplog.text and "no other run writes there" in caplog.text
@@ -86,7 +82,7 @@ def test_processes_that_are_not_joined_are_refused(settings, tmp_path, monkeypat
     assert not list((tmp_path / "run").iterdir())
 
 
-@pytest.mark.parametrize("moment", ["tve_hf.pretrain.labels.sample_patches", "accelerate.Accelerator.save_state"])
+@pytest.mark.parametrize("moment", ["tve_hf.pretrain.loop.take_step", "accelerate.Accelerator.save_state"])
 def test_a_killed_worker_is_told_and_the_next_start_resumes(settings, tmp_path, monkeypatch, moment):
     """Killed in a step, or while a checkpoint is being written: then it is not the disk that is blamed."""
     settings["dataloader_num_workers"] = 1
@@ -96,7 +92,7 @@ def test_a_killed_worker_is_told_and_the_next_start_resumes(settings, tmp_path, 
 
     def kill_worker(*arguments, **options):
         calls.append(1)
-        if len(calls) == (4 if "sample" in moment else 2):
+        if len(calls) == (4 if "step" in moment else 2):
             (worker,) = multiprocessing.active_children()
             worker.kill()
             time.sleep(120)  # from which the worker's end wakes

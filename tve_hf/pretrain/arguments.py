@@ -1,4 +1,4 @@
-"""Settings of a pre-training run, and what is wrong with them, found before anything is loaded."""
+"""Settings of a pre-training run, and what is wrong with them, said before anything is loaded."""
 
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -93,7 +93,7 @@ class PretrainArguments:
     save_steps: int = _field(500, "Steps between checkpoints, each with a validation.")
     save_total_limit: int = _field(1, "Checkpoints to keep.")
     logging_steps: int = _field(10, "Steps between reports to trackers.")
-    validation_images: int = _field(32, "Held-out images of each validation.")
+    validation_images: int = _field(32, "Held-out images of each validation, drawn at random.")
     report_to: list[str] = _field([], "Trackers, such as tensorboard or wandb.")
     push_to_hub: bool = _field(False, "Upload the explainer and its card when the run is over.")
     hub_model_id: str | None = _field(None, "Repository to upload to; the name of output_dir by default.")

@@ -64,7 +64,7 @@ class Decoder(TorchDataset):
     def __getitems__(self, keys: list[Key]) -> Batch:
         column, data = self.images.column, self.images.data
         raw = data[[key.number for key in keys]][column] if isinstance(data, Dataset) else [key.image for key in keys]
-        found, places, bad = [], [], {}
+        readable, places, bad = [], [], {}
         for place, (key, image) in enumerate(zip(keys, raw, strict=True)):
             try:
                 decoded = read_image(image)
@@ -74,9 +74,9 @@ class Decoder(TorchDataset):
                 continue
             if self.crop_seed is not None:
                 decoded = random_crop(decoded, random.Random(f"{self.crop_seed} {key.epoch} {key.number}"))
-            found.append(decoded)
+            readable.append(decoded)
             places.append(place)
-        pixel_values = self.processor(found, return_tensors="pt")["pixel_values"] if found else None
+        pixel_values = self.processor(readable, return_tensors="pt")["pixel_values"] if readable else None
         position = keys[-1].epoch, keys[-1].number + 1
         numbers = [keys[place].number for place in places]
         return Batch(pixel_values, torch.tensor(places, dtype=torch.int64), numbers, bad, position)

@@ -1,5 +1,6 @@
 """Checkpoints that are complete or absent."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,11 +16,12 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .processes import WORKER_DIED
-
 # Of a stream whose length is unknown, this many images are read before the share of bad ones counts.
 MIN_IMAGES = 1000
 UNFINISHED = ".partial"  # a folder that is being written or removed
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# So says `torch.save`, without a number, when the system refuses to write.
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -33,7 +35,7 @@ def remove_unfinished(output_dir: Path) -> None:
         shutil.rmtree(folder)
 
 
-def settle(folder: Path) -> None:
+def sync_to_disk(folder: Path) -> None:
     """Bring the files of a folder to the disk, so that a rename after it cannot outlive them in a power cut."""
     for path in (*folder.rglob("*"), folder):
         descriptor = os.open(path, os.O_RDONLY)
@@ -43,22 +45,39 @@ def settle(folder: Path) -> None:
             os.close(descriptor)
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a disk, a quota or the largest size of a file was at its end, whichever library wrote."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    numbered = any(
+        (isinstance(link, OSError) and link.errno in DISK_IS_FULL)
+        or (isinstance(link, SafetensorError) and any(f"(os error {number})" in str(link) for number in DISK_IS_FULL))
+        for link in chain
+    )
+    # All of them: torch also complains of a file that another error has cut short.
+    return numbered or all(any(words in str(link) for words in TORCH_CANNOT_WRITE) for link in chain)
+
+
 @contextmanager
 def writing(what: str, output_dir: Path, unfinished: Path | None = None) -> Iterator[None]:
-    """Let a with-block write, perhaps in the folder `unfinished`; if it fails, remove that and say what is left.
+    """Let a with-block write, perhaps in the folder `unfinished`, which is removed if the block fails.
 
     Raises:
-        OSError: In place of whatever the many writers raise when the disk is full.
+        OSError: In place of whatever the many writers raise when the disk is full; it says what is left. Every other
+            error stays as it is.
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         if unfinished:
             shutil.rmtree(unfinished, ignore_errors=True)
+        if not is_disk_full(error):
+            raise
         last = checkpoints(output_dir)
         left = f"{last[-1]} is intact" if last else "there is no earlier checkpoint"
-        if WORKER_DIED in str(error):  # which is told in the middle of whatever goes on
-            raise
         raise OSError(
             f"{what} could not be written in {output_dir} ({' '.join(str(error).split())}); {left}. "
             "Free some space and run the same command again."
@@ -94,7 +113,7 @@ def save_checkpoint(
         if accelerator.is_main_process:
             text = json.dumps({"step": step, **progress, "positions": positions})
             (unfinished / "progress.json").write_text(text)
-            settle(unfinished)
+            sync_to_disk(unfinished)
             os.replace(unfinished, folder)
             for old in checkpoints(output_dir)[:-total_limit]:
                 doomed = old.with_suffix(UNFINISHED)
@@ -153,9 +172,9 @@ class Progress:
         self.log, self.bad = saved["log"], saved.get("bad", {})
         self.sums, self.since = torch.tensor(saved.get("sums", [0.0, 0.0])), saved.get("since", 0)
 
-    def note_bad(self, found: dict[str, str], share: float, number: int | None, read: int) -> None:
+    def count_bad(self, reasons: dict[str, str], share: float, number: int | None, read: int) -> None:
         """Count images that could not be read; raises ValueError if they are too many of `number`, or of `read`."""
-        self.bad |= found
+        self.bad |= reasons
         if len(self.bad) > share * (number or max(read, MIN_IMAGES)):
             first = ", ".join(list(self.bad)[:5])
             raise ValueError(

@@ -43,8 +43,7 @@ class HeldOut:
     def _gap(self, scores: Tensor) -> float:
         """Mean Fidelity+ AUC - Fidelity- AUC."""
         levels, grid = min(14, self.config.num_patches + 1), self.config.grid_shape
-        found = fidelity(self.classifier, self.pixel_values, scores, self.class_idx, levels, grid)
-        return found.gap.mean().item()
+        return fidelity(self.classifier, self.pixel_values, scores, self.class_idx, levels, grid).gap.mean().item()
 
     @torch.no_grad()
     def compare(self, explainer: Callable[..., Any]) -> tuple[dict[str, float], Image.Image]:
@@ -54,8 +53,10 @@ class HeldOut:
             `kept_error` and `removed_error` (means), `spearman` and `epsilon` of Theorem 1 (medians), `fidelity_gap`
             and `exact_fidelity_gap` (means); and a picture of some images beside their exact and predicted maps.
         """
-        found = explainer(pixel_values=self.pixel_values, features=self.seen.features, embeddings=self.seen.embeddings)
-        predicted = found.kept, found.removed
+        output = explainer(
+            pixel_values=self.pixel_values, features=self.seen.features, embeddings=self.seen.embeddings
+        )
+        predicted = output.kept, output.removed
         errors = prediction_errors(self.classifier, self.pixel_values, self.class_idx, predicted, self.exact)
         scores = self._scores(predicted)
         row = {

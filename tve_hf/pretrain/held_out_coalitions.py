@@ -52,11 +52,13 @@ class HeldOutCoalitions(HeldOut):
             for, `logit_r2` and `logit_pearson`, of the predicted class's logit, and `spearman` with sampled maps;
             means of `fidelity_gap` and `sampled_fidelity_gap`; and a picture of some images beside both maps.
         """
-        found = explainer(pixel_values=self.pixel_values, features=self.seen.features, embeddings=self.seen.embeddings)
+        output = explainer(
+            pixel_values=self.pixel_values, features=self.seen.features, embeddings=self.seen.embeddings
+        )
         prob = self.config.distribution.keep_prob
-        predicted = embedding_of(self.coalitions, *phi_and_base(found.kept, found.removed, prob), prob)
+        predicted = embedding_of(self.coalitions, *phi_and_base(output.kept, output.removed, prob), prob)
         logits, true_logits = (self._logits(values) for values in (predicted, self.embeddings))  # (B, K) each
-        scores = self._scores((found.kept, found.removed))
+        scores = self._scores((output.kept, output.removed))
         row = {
             "embedding_r2": r_squared(predicted, self.embeddings).median().item(),
             "logit_r2": r_squared(logits[..., None], true_logits[..., None]).median().item(),

@@ -1,10 +1,12 @@
 """Images to pre-train on, from any source that `datasets` reads, undecoded until they are needed."""
 
+import math
 import os
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from datasets import Dataset, DatasetDict, Image, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetBuildError
 from PIL import Image as PILImage
@@ -114,16 +116,39 @@ def read_image(image: Any) -> PILImage.Image:
 
 
 def random_crop(image: PILImage.Image, draw: random.Random) -> PILImage.Image:
-    """Cut out a random rectangle: its area is 20-100 % of the image's, its sides at most 4 : 3."""
+    """Cut out a random rectangle: its area is 20-100 % of the image's, its sides at most 4 : 3.
+
+    The ratio of the sides is drawn on a logarithmic scale, as MAE and torchvision do: 3 : 4 is as likely as 4 : 3.
+    """
     width, height = image.size
+    log_ratios = [math.log(ratio) for ratio in CROP_RATIO]
     for _ in range(10):
         area = width * height * draw.uniform(*CROP_AREA)
-        ratio = draw.uniform(*CROP_RATIO)
+        ratio = math.exp(draw.uniform(*log_ratios))
         wide, high = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
         if 0 < wide <= width and 0 < high <= height:
             left, top = draw.randint(0, width - wide), draw.randint(0, height - high)
             return image.crop((left, top, left + wide, top + high))
     return image  # too narrow for any
+
+
+def draw_images(images: Images, classifier: SplitClassifier, number: int, seed: int, buffer_size: int) -> Tensor:
+    """Random images of a data set, (at most number, 3, H, W); those that cannot be read are passed over.
+
+    Drawn, since a data set may be sorted by class. A seed gives the same images whenever a run is started.
+
+    Args:
+        buffer_size: of a stream, the rows at its beginning that are drawn from.
+
+    Raises:
+        ValueError: If none can be read.
+    """
+    if isinstance(images.data, Dataset):
+        order = torch.randperm(len(images.data), generator=torch.Generator().manual_seed(seed))
+        data = images.data.select(order.tolist())
+    else:
+        data = images.data.shuffle(seed=seed, buffer_size=buffer_size)
+    return first_images(images._replace(data=data), classifier, number)
 
 
 def first_images(images: Images, classifier: SplitClassifier, number: int) -> Tensor:
@@ -132,14 +157,14 @@ def first_images(images: Images, classifier: SplitClassifier, number: int) -> Te
     Raises:
         ValueError: If there is none.
     """
-    found: list[PILImage.Image] = []
+    decoded: list[PILImage.Image] = []
     for row in images.data:
         try:
-            found.append(read_image(row[images.column]))
+            decoded.append(read_image(row[images.column]))
         except UNREADABLE:
             continue
-        if len(found) == number:
+        if len(decoded) == number:
             break
-    if not found:
+    if not decoded:
         raise ValueError(f"{images.name} holds no image that can be read; pass another data set.")
-    return classifier.image_processor(found, return_tensors="pt")["pixel_values"]
+    return classifier.image_processor(decoded, return_tensors="pt")["pixel_values"]

@@ -31,7 +31,7 @@ class LabelCache:
         images: their number.
         patches: k, of each; or pairs of coalitions.
         embedding_dim: D.
-        anew: whether to remove what is there.
+        anew: whether to remove the file of an earlier run.
         mask_bits: of the coalitions of an image together, K N; 0 if there are none.
 
     Raises:
@@ -49,11 +49,11 @@ class LabelCache:
         self.bytes = images * self.row_bytes
         if anew:
             self.path.unlink(missing_ok=True)
-        there = 0 if anew or not self.path.exists() else self.path.stat().st_blocks * 512
+        taken = 0 if anew or not self.path.exists() else self.path.stat().st_blocks * 512
         free = shutil.disk_usage(output_dir).free
-        if self.bytes - there > free:
+        if self.bytes - taken > free:
             raise OSError(
-                f"cache_labels needs {self.bytes / 1e9:.3g} GB in {output_dir}, where {(free + there) / 1e9:.3g} GB "
+                f"cache_labels needs {self.bytes / 1e9:.3g} GB in {output_dir}, where {(free + taken) / 1e9:.3g} GB "
                 "are free; free some space, lower patches_per_image, or leave it out."
             )
         self.path.touch()
@@ -109,8 +109,8 @@ class LabelCache:
         return torch.frombuffer(values[: self.value_bytes], dtype=torch.half).view(self.shape)
 
     def _write(self, file: FileIO, number: int, values: Tensor, mask: bytes) -> None:
-        found = values.contiguous().numpy().tobytes() + mask
-        if os.pwrite(file.fileno(), found + _checksum(found), number * self.row_bytes) < self.row_bytes:
+        row = values.contiguous().numpy().tobytes() + mask
+        if os.pwrite(file.fileno(), row + _checksum(row), number * self.row_bytes) < self.row_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -3,15 +3,15 @@
 Labels come in pairs, (B, k, D) each: kept and removed of k patches, or a coalition and its antithetic of k = K / 2.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from ..attribution import exact_meta_attribution
 from ..classifiers import SplitClassifier
 from ..configuration_tve import TVEConfig
-from ..patches import sample_patches
+from ..patches import as_pair, neighborhoods, sample_patches
 from .arguments import PretrainArguments
 
 Pair = tuple[Tensor, Tensor]
@@ -38,7 +38,7 @@ def draw(args: PretrainArguments, turn: int, turns: int, images: int, config: TV
 def _draw_states(args: PretrainArguments, images: int, config: TVEConfig, generator: Generator) -> Tensor:
     if config.backgrounds == "random":
         return config.distribution.draw(images, args.coalitions_per_image, config.grid_shape, generator)
-    return sample_patches(images, config.num_patches, args.patches_per_image, generator)
+    return sample_patches(images, math.prod(as_pair(config.grid_size)), args.patches_per_image, generator)
 
 
 def exact_labels(classifier: SplitClassifier, pixel_values: Tensor, states: Tensor, config: TVEConfig) -> Pair:
@@ -46,7 +46,10 @@ def exact_labels(classifier: SplitClassifier, pixel_values: Tensor, states: Tens
     if config.backgrounds == "random":
         embeddings = embed_coalitions(classifier, pixel_values, states, config).unflatten(1, (-1, 2))
         return embeddings[:, :, 0], embeddings[:, :, 1]
-    return exact_meta_attribution(classifier, pixel_values, config.grid_size, config.hops, states)
+    near = neighborhoods(config.grid_size, config.hops, pixel_values.device)[states]  # N(z), (B, k, N)
+    keep = torch.cat([near, ~near], 1)  # Eq. 6, as `exact_meta_attribution` has it
+    kept, removed = classifier.embed_masked(pixel_values, keep, config.grid_size).chunk(2, dim=1)
+    return kept, removed
 
 
 def embed_coalitions(classifier: SplitClassifier, pixel_values: Tensor, states: Tensor, config: TVEConfig) -> Tensor:
@@ -57,14 +60,14 @@ def embed_coalitions(classifier: SplitClassifier, pixel_values: Tensor, states: 
         classifier.embed_masked(pixel_values, pairs[:, turn::turns].flatten(1, 2), config.grid_size, removal)
         for turn, removal in enumerate(config.label_removals)
     ]
-    found = torch.empty(*states.shape[:2], parts[0].shape[-1], dtype=parts[0].dtype, device=parts[0].device)
+    embeddings = torch.empty(*states.shape[:2], parts[0].shape[-1], dtype=parts[0].dtype, device=parts[0].device)
     for turn, part in enumerate(parts):
-        found.unflatten(1, (-1, 2))[:, turn::turns] = part.unflatten(1, (-1, 2))
-    return found
+        embeddings.unflatten(1, (-1, 2))[:, turn::turns] = part.unflatten(1, (-1, 2))
+    return embeddings
 
 
 def model_inputs(labels: Pair, states: Tensor, config: TVEConfig) -> dict[str, Any]:
-    """What the explainer's `forward` is told of them."""
+    """What the explainer's `forward` reads of them."""
     first, second = labels
     if config.backgrounds == "random":
         return {"coalitions": states, "coalition_labels": torch.stack([first, second], 2).flatten(1, 2)}

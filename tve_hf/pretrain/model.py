@@ -18,6 +18,9 @@ from ..modeling_tve import TVEExplainer
 from ..patches import GridSize, as_pair
 from .arguments import PretrainArguments, check_patches
 
+# The precision of a frozen backbone, by `mixed_precision`; float32 without.
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def config_for(classifier: SplitClassifier, grid_size: GridSize | None, hops: int, **sizes: Any) -> TVEConfig:
     """Describe an explainer for this classifier's backbone: its image, grid, features and fingerprint.
@@ -121,9 +124,9 @@ def with_sizes_of_explainer(args: PretrainArguments) -> PretrainArguments:
     config = TVEConfig.from_pretrained(args.explainer)
     names = ("grid_size", "hops", "hidden_size", "num_hidden_layers", "num_attention_heads")
     for name in names:
-        asked, found = getattr(args, name), getattr(config, name)
-        if asked not in (found, PretrainArguments.__dataclass_fields__[name].default):
-            raise ValueError(f"{args.explainer} has {name}={found}; leave {name}={asked} out to go on from it.")
+        asked, trained = getattr(args, name), getattr(config, name)
+        if asked not in (trained, PretrainArguments.__dataclass_fields__[name].default):
+            raise ValueError(f"{args.explainer} has {name}={trained}; leave {name}={asked} out to go on from it.")
     kept = {name: getattr(config, name) for name in names}
     if config.backgrounds == "random":  # whose distribution and operators stay too, where no others are asked for
         for name, value in args.states().items():

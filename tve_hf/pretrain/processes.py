@@ -47,7 +47,7 @@ def join_processes(args: PretrainArguments) -> Accelerator:
 
 
 @contextmanager
-def alone_in(output_dir: Path) -> Iterator[None]:
+def lock_folder(output_dir: Path) -> Iterator[None]:
     """Keep other runs out of `output_dir`, in a with-block. The lock dies with this process, whatever kills it.
 
     Raises:
@@ -76,7 +76,7 @@ def alone_in(output_dir: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def part_processes(accelerator: Accelerator) -> None:
+def end_together(accelerator: Accelerator) -> None:
     """End trackers, and what the processes have in common, once all are here: one that leaves may take others down."""
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
@@ -121,7 +121,7 @@ class StopSignals:
 
 
 @contextmanager
-def telling_of_killed_workers(number: int) -> Iterator[None]:
+def report_killed_workers(number: int) -> Iterator[None]:
     """Say in a sentence that one of the `number` processes that decode images was killed in a with-block.
 
     Raises:

@@ -1,0 +1,68 @@
+"""How a run ends: with a checkpoint after a signal, or with its explainer, which is written and pushed."""
+
+import os
+from dataclasses import asdict
+
+from torch import Tensor
+
+from ..files import dumps, write_whole
+from ..hub.model_card import render_card
+from ..hub.push import publish
+from ..modeling_tve import TVEExplainer
+from .checkpointing import UNFINISHED, save_checkpoint, writing
+from .processes import end_together
+from .run import Run
+
+SHOWN_BAD = 100  # of the unreadable images, in training.json
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint."""
+    progress, limit = run.progress.to_dict(), run.args.save_total_limit
+    save_checkpoint(run.accelerator, run.output_dir, run.done, progress, run.position, limit)
+
+
+def stop(run: Run, number: int) -> None:
+    """Save and end, after the signal of this number.
+
+    Raises:
+        SystemExit: With 128 + number.
+    """
+    run.progress.sums = run.mean_losses()
+    save(run)
+    end_together(run.accelerator)
+    run.accelerator.print(f"Stopped by a signal; the same command goes on from step {run.done}.")
+    raise SystemExit(128 + number)
+
+
+def finish(run: Run) -> TVEExplainer:
+    """Write the explainer and what belongs to it; push it if that was asked for."""
+    accelerator = run.accelerator
+    weights = accelerator.get_state_dict(run.model)
+    explainer = accelerator.unwrap_model(run.model).eval()
+    if run.labels and accelerator.is_local_main_process:
+        run.labels.path.unlink(missing_ok=True)
+    if accelerator.is_main_process:
+        _write(run, explainer, weights)
+    end_together(accelerator)
+    if accelerator.is_main_process and run.args.push_to_hub:
+        publish(run.output_dir, run.repo_id, run.args.hub_private_repo)
+    return explainer
+
+
+def _write(run: Run, explainer: TVEExplainer, weights: dict[str, Tensor]) -> None:
+    """Write explainer, processor, `training.json` and card: all of them, or none in the place of others."""
+    unfinished = run.output_dir / f"explainer{UNFINISHED}"
+    with writing("The explainer", run.output_dir, unfinished):
+        # Half precision on disk, float32 when loaded: the config keeps the model's dtype.
+        half = {name: weight.half() for name, weight in weights.items()}
+        explainer.save_pretrained(unfinished, state_dict=half)
+        run.classifier.image_processor.save_pretrained(unfinished)
+        bad = {"number": len(run.progress.bad), "first": dict(list(run.progress.bad.items())[:SHOWN_BAD])}
+        report = {"arguments": asdict(run.args), "log": run.progress.log, "bad_images": bad}
+        (unfinished / "training.json").write_text(dumps(report, indent=1) + "\n")
+        for path in unfinished.iterdir():
+            os.replace(path, run.output_dir / path.name)
+        unfinished.rmdir()
+        card = render_card(run.output_dir, [], run.repo_id or None)
+        write_whole(run.output_dir / "README.md", card.save)
