@@ -9,7 +9,6 @@ be another object.
 """
 
 import argparse
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from PIL import Image as Pictures
 from tqdm.auto import tqdm
 
 from tve_hf import TVEExplainer, methods, split_classifier
-from tve_hf.benchmark.judge import parse_method
+from tve_hf.benchmark.judge import options_of
 from tve_hf.evaluation.localization import localization
 from tve_hf.evaluation.statistics import bootstrap_interval
 from tve_hf.geometry import seen_region
@@ -70,9 +69,8 @@ def main() -> None:
         with torch.no_grad():
             class_idx = classifier(pixel_values).logits.argmax(-1)
         for spec in args.methods:
-            name, options = parse_method(spec)
-            if "explainer" in inspect.signature(methods.load(name)).parameters:
-                options["explainer"] = explainer
+            offered = {"explainer": explainer, "generator": torch.Generator().manual_seed(start)}
+            name, options = options_of(spec, offered)
             maps[spec].append(methods.explain(name, classifier, pixel_values, class_idx, grid, **options))
 
     report: dict[str, Any] = {

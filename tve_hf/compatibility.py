@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from .classifiers import SplitClassifier
@@ -33,13 +33,16 @@ class Verdict:
     remedy: str = ""
 
 
-def verdict(config: TVEConfig, classifier: SplitClassifier, image_processor: Any = None) -> Verdict:
+def verdict(
+    config: TVEConfig, classifier: SplitClassifier, image_processor: Any = None, pixel_values: Tensor | None = None
+) -> Verdict:
     """Compare what an explainer was made for with a classifier; its weights are not needed.
 
     Args:
         config: of the explainer.
         classifier: whose backbone it should be.
         image_processor: what makes the classifier's images, by default its own.
+        pixel_values: images that the classifier takes, (B, 3, H, W); of the size that it seems to want if None.
     """
     remedy = f"use an explainer pre-trained for {classifier.name}, or pre-train one with `tve-hf pretrain`"
     if config.embedding_dim != classifier.embedding_dim:
@@ -48,7 +51,7 @@ def verdict(config: TVEConfig, classifier: SplitClassifier, image_processor: Any
             f"{classifier.embedding_dim}"
         )
         return Verdict("no", reason, remedy)
-    probe = classifier.probe()
+    probe = classifier.probe() if pixel_values is None else pixel_values
     if probe.ndim != 4:
         reason = (
             f"reads images of one grid, but {classifier.name} takes rows of patches, whose grid depends on the image"
@@ -126,13 +129,19 @@ def find(names: Iterable[str], classifier: SplitClassifier, image_processor: Any
     )
 
 
-def fit(explainer: TVEExplainer, classifier: SplitClassifier, image_processor: Any = None) -> SplitClassifier:
+def fit(
+    explainer: TVEExplainer,
+    classifier: SplitClassifier,
+    image_processor: Any = None,
+    pixel_values: Tensor | None = None,
+) -> SplitClassifier:
     """Refuse an explainer of another backbone; warn of one whose weights have changed since.
 
     Args:
         explainer: pre-trained for some backbone, which its config describes.
         classifier: whose backbone it should be.
         image_processor: what makes the classifier's images, by default its own.
+        pixel_values: images that the classifier takes, (B, 3, H, W); of the size that it seems to want if None.
 
     Returns:
         The classifier, reading the feature maps that the explainer was trained on.
@@ -144,7 +153,7 @@ def fit(explainer: TVEExplainer, classifier: SplitClassifier, image_processor: A
     named = f"The explainer {explainer.name_or_path or type(explainer).__name__}"
     if classifier.training:
         raise ValueError(f"{classifier.name} is in train mode, where dropout is active; call classifier.eval() first.")
-    judged = verdict(explainer.config, classifier, image_processor)
+    judged = verdict(explainer.config, classifier, image_processor, pixel_values)
     if judged.fit == "no":
         raise ValueError(f"{named} {judged.reason}; {judged.remedy}.")
     if judged.fit == "same architecture, other weights":

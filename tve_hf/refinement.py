@@ -85,10 +85,12 @@ def check_refinement(config: TVEConfig, num_samples: int, rule: str) -> None:
     if config.backgrounds != "random":
         raise ValueError(
             "refine needs an explainer of random backgrounds, which foretells any coalition, and this one has "
-            f'backgrounds={config.backgrounds!r}; train one with `tve-hf pretrain --backgrounds random`, or leave '
+            f"backgrounds={config.backgrounds!r}; train one with `tve-hf pretrain --backgrounds random`, or leave "
             "refine out."
         )
     if num_samples < 1:
         raise ValueError(f"refine is {num_samples}; give the number of masked passes, for example 25.")
     if rule_named(rule).standardized or not rule_named(rule).kept:
-        raise ValueError(f"refine corrects differences of evidence, but the rule {rule!r} is none; choose prob or logit.")
+        raise ValueError(
+            f"refine corrects differences of evidence, but the rule {rule!r} is none; choose prob or logit."
+        )

@@ -2,10 +2,12 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from tve_hf.evaluation import statistics
 from tve_hf.evaluation.statistics import bootstrap_interval, holm, kendall, sign_flip_test
 from tve_hf.verification import pearson, spearman
 
@@ -31,6 +33,36 @@ def test_bootstrap_interval_is_that_of_the_normal_approximation():
     error = values.std().item() / 10
     assert low == pytest.approx(49.5 - 1.96 * error, abs=0.5) and high == pytest.approx(49.5 + 1.96 * error, abs=0.5)
     assert bootstrap_interval(torch.full((5,), 2.0)) == (2.0, 2.0)
+
+
+def test_bootstrap_interval_is_scipys():
+    values = torch.rand(60, generator=torch.Generator().manual_seed(1), dtype=torch.float64) ** 3  # skewed
+    low, high = bootstrap_interval(values)
+    expected = stats.bootstrap(
+        (values.numpy(),), np.mean, n_resamples=10_000, method="percentile", random_state=0
+    ).confidence_interval
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.003)
+    assert high - low > 0.1
+
+
+def test_many_images_are_drawn_in_pieces_that_make_the_same_numbers(monkeypatch):
+    requests, randint = [], torch.randint
+
+    def counted(high, size, **options):
+        requests.append(size[0] * size[1])
+        return randint(high, size, **options)
+
+    monkeypatch.setattr(statistics.torch, "randint", counted)
+    values = torch.randn(50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = bootstrap_interval(values, samples=200)
+    p_value = sign_flip_test(values + 0.005, samples=200)
+    assert sum(requests) == 2 * 200 * 50_000 and max(requests) <= statistics.DRAWS_AT_ONCE  # 32 MiB
+    index = randint(50_000, (200, 50_000), generator=torch.Generator().manual_seed(0))
+    ends = values[index].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    assert [low, high] == ends.tolist()
+    signs = 2.0 * randint(2, (200, 50_000), generator=torch.Generator().manual_seed(0)).double() - 1
+    as_far = (signs @ (values + 0.005)).abs() >= (values + 0.005).sum().abs()
+    assert p_value == (1 + int(as_far.sum())) / 201
 
 
 def test_sign_flip_test_is_the_share_of_all_sign_patterns():

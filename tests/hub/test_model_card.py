@@ -47,7 +47,8 @@ def report(tmp_path):
         "mean_removed_error": 0.1234,
         "mean_error_nats": 0.456,
         "median_epsilon": "inf",
-        "fidelity": {"zero": {"tve": compared, "random": method, "tve_share_of_exact": 0.913}},
+        "fidelity": {"zero": {"tve": compared, "random": method}},
+        "tve_share_of_exact": {"zero": 0.913},
     }
     cost = {name: {"seconds": 0.0321, "forward": 1.0, "backward": 0.0} for name in ("tve", "random")}
     found = {"num_images": 321, "settings": {"rule": "log_prob"}, "summary": summary, "cost": cost}

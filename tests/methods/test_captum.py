@@ -85,7 +85,14 @@ def test_grad_shap_nears_integrated_gradients(shared_model, images) -> None:
     ig = methods.explain("ig", classifier, pixel_values, CLASS_IDX, 4, multiply_by_inputs=True)
     maps = [
         methods.explain(
-            "grad_shap", classifier, pixel_values, CLASS_IDX, 4, seed=seed, n_samples=40, multiply_by_inputs=True
+            "grad_shap",
+            classifier,
+            pixel_values,
+            CLASS_IDX,
+            4,
+            generator=torch.Generator().manual_seed(seed),
+            n_samples=40,
+            multiply_by_inputs=True,
         )
         for seed in range(10)
     ]

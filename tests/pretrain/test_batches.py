@@ -9,7 +9,7 @@ from tiny import noise_image, save_classifier
 from tve_hf import split_classifier
 from tve_hf.pretrain import PretrainArguments
 from tve_hf.pretrain.batches import Order, Stream, batches_of, steps_of
-from tve_hf.pretrain.images import Images
+from tve_hf.sources import Images
 
 NUMBER = 11
 

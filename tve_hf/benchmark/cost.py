@@ -28,27 +28,27 @@ class Cost:
 def counting(model: nn.Module, head_names: Sequence[str]) -> Iterator[Cost]:
     """Count the passes of a classifier, and the time, inside a with-block.
 
-    A backward pass is one that reaches what its head is given, from whichever logits it started.
+    A backward pass is one that reaches the input of its head, from whichever logits it started.
     """
     cost = Cost()
-    running = False  # the head may also be applied alone, to what it was given before
+    running = False  # the head may also be applied alone, to embeddings of an earlier pass
 
     def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal running
         running = True
-        given = first_tensor((*args, *kwargs.values()))
-        cost.forward += 0 if given is None else len(given)
+        images = first_tensor((*args, *kwargs.values()))
+        cost.forward += 0 if images is None else len(images)
 
     def watch(module: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal running
-        given = first_tensor((*args, *kwargs.values()))
-        if running and given is not None and given.requires_grad:
-            images = len(given)
+        embeddings = first_tensor((*args, *kwargs.values()))
+        if running and embeddings is not None and embeddings.requires_grad:
+            number = len(embeddings)
 
             def count_backward(gradient: Tensor) -> None:
-                cost.backward += images
+                cost.backward += number
 
-            given.register_hook(count_backward)
+            embeddings.register_hook(count_backward)
         running = False
 
     def hooks() -> Iterator[Any]:

@@ -1,10 +1,11 @@
 """The computations of an evaluation, cell by cell: what each method says of a batch, its cost, how faithful it is."""
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from datasets import Dataset
@@ -16,13 +17,16 @@ from ..attribution import exact_meta_attribution, transfer
 from ..classifiers import SplitClassifier
 from ..fidelity import fidelity
 from ..geometry import seen_region
-from ..images import load_image
 from ..modeling_tve import TVEExplainer
+from ..sources import read_image
 from ..verification import pearson, prediction_errors, spearman
 from ..visualization import gallery, heatmap, overlay
 from ..vit_shapley.modeling import ShapleyExplainer
-from .cells import Cells
-from .cost import counting
+from .cells import Cells, digest
+from .cost import Cost, counting
+
+# Tensors of a cell that are of its whole batch; all others have a row for each image.
+_OF_A_BATCH = {*(field.name for field in fields(Cost)), "sparsity"}
 
 
 @torch.no_grad()
@@ -37,9 +41,10 @@ def agreement(
     """
     config = explainer.config
     shape = config.grid_shape
+    reading = classifier.reading(tuple(config.feature_names))
     watched = classifier.backbone.model, classifier.backbone.head_names
     with counting(*watched) as tve_cost:
-        seen = classifier(pixel_values)
+        seen = reading(pixel_values)
         output = explainer(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
         predicted = output.kept, output.removed
         tve = transfer(*predicted, classifier, class_idx, rule, config.grid_size, config.hops)
@@ -105,13 +110,16 @@ class Judge:
     Args:
         classifier: on the device to compute on.
         explainer: of its backbone, or None: then there is no agreement to compute.
-        data: encoded images, and labels where there are any.
+        data: encoded images, and labels if it has any.
         rows: which row of the test files each image is.
         cells: where results are kept.
         specs: methods, as `name` or `name@samples`.
         refused: why others cannot serve this classifier.
         removals: keys of `patches.REMOVALS`.
-        grid, hops, rule: as for `exact_meta_attribution` and `transfer`.
+        grid: of the maps, (rows, cols).
+        hops: radius of a patch's neighbourhood.
+        rule: how embeddings become scores, a key of `attribution.RULES`.
+        image_column: of `data`.
         shapley_explainer: of its head, for the method vit_shapley.
     """
 
@@ -129,25 +137,33 @@ class Judge:
     batch_size: int
     seed: int
     image_column: str
-    label_column: str
     shapley_explainer: ShapleyExplainer | None = None
+
+    def __post_init__(self) -> None:
+        own = {"agreement": self.explainer, "tve": self.explainer, "vit_shapley": self.shapley_explainer}
+        digests = {id(explainer): digest(explainer)[:16] for explainer in own.values() if explainer is not None}
+        self.digests = {name: digests[id(explainer)] for name, explainer in own.items() if explainer is not None}
+
+    def key(self, name: str, start: int, stop: int) -> str:
+        """The key of a batch's cell: under what it depends on beside the settings of all cells."""
+        folders = [f"column={quote(self.image_column, safe='')}", name]
+        made_by = self.digests.get(name.rpartition("/")[2])
+        if made_by is not None:
+            folders.append(f"explainer={made_by}")
+        return "/".join([*folders, f"{start:06}-{stop:06}"])
 
     def batches(self) -> Iterator[tuple[int, int]]:
         for start in range(0, len(self.data), self.batch_size):
             yield start, min(start + self.batch_size, len(self.data))
 
     def pixels(self, start: int, stop: int) -> Tensor:
-        images = [load_image(row) for row in self.data[start:stop][self.image_column]]
+        images = [read_image(row) for row in self.data[start:stop][self.image_column]]
         pixel_values = self.classifier.image_processor(images, return_tensors="pt")["pixel_values"]
         return pixel_values.to(self.classifier.device)
 
-    def classes(self, pixel_values: Tensor, rows: dict[str, list]) -> dict[str, Tensor]:
+    def classes(self, pixel_values: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            class_idx = self.classifier(pixel_values).logits.argmax(-1)
-        found = {"class_idx": class_idx}
-        if self.label_column in rows:
-            found["correct"] = (class_idx.cpu() == torch.tensor(rows[self.label_column])).float()
-        return found
+            return {"class_idx": self.classifier(pixel_values).logits.argmax(-1)}
 
     def explain(self, spec: str, pixel_values: Tensor, class_idx: Tensor, start: int) -> dict[str, Tensor]:
         """One method's maps of a batch, and what they cost."""
@@ -165,40 +181,40 @@ class Judge:
         return {"scores": scores, **cost.tensors()}
 
     def compute(self, start: int, stop: int) -> None:
-        """All cells of one batch that are not there yet."""
-        place = f"{start:06}-{stop:06}"
+        """Compute all cells of one batch that have not been computed yet."""
+
+        def cell(name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+            return self.cells.get(self.key(name, start, stop), compute)
+
         pixel_values = self.pixels(start, stop)
-        rows = self.data[start:stop]
-        found = self.cells.get(f"classes/{place}", lambda: self.classes(pixel_values, rows))
-        class_idx = found["class_idx"].to(pixel_values.device)
+        classes = cell("classes", lambda: self.classes(pixel_values))
+        class_idx = classes["class_idx"].to(pixel_values.device)
         explainer = self.explainer
         if explainer is not None:
-            both = self.cells.get(
-                f"agreement/{place}",
-                lambda: agreement(self.classifier, explainer, pixel_values, class_idx, self.rule),
-            )
+            both = cell("agreement", lambda: agreement(self.classifier, explainer, pixel_values, class_idx, self.rule))
             for name in ("tve", "exact"):
                 maps = {key: both[f"{name}/{key}"] for key in ("seconds", "forward", "backward")}
-                self.cells.get(f"maps/{name}/{place}", partial(dict, maps, scores=both[name]))
+                cell(f"maps/{name}", partial(dict, maps, scores=both[name]))
         for spec in self.specs:
             explain = partial(self.explain, spec, pixel_values, class_idx, start)
-            maps = self.cells.get(f"maps/{spec}/{place}", explain)
+            maps = cell(f"maps/{spec}", explain)
             scores = maps["scores"].to(pixel_values.device)
             for removal in self.removals:
                 judged = partial(self.fidelity, pixel_values, scores, class_idx, removal)
-                self.cells.get(f"fidelity/{removal}/{spec}/{place}", judged)
+                cell(f"fidelity/{removal}/{spec}", judged)
 
     def fidelity(self, pixel_values: Tensor, scores: Tensor, class_idx: Tensor, removal: str) -> dict[str, Tensor]:
         """Fidelity of one method's maps of a batch under one removal operator."""
-        found = fidelity(self.classifier, pixel_values, scores, class_idx, removal=removal)
-        return {name: tensor.clone() for name, tensor in vars(found).items()}
+        curves = fidelity(self.classifier, pixel_values, scores, class_idx, removal=removal)
+        names = ("sparsity", "plus", "minus", "plus_auc", "minus_auc")
+        return {name: getattr(curves, name).clone() for name in names}
 
-    def gather(self, key: str) -> dict[str, Tensor]:
-        """The tensors of a key over all batches; what is not of one entry for each image comes stacked."""
-        parts = [(stop - start, self.cells.get(f"{key}/{start:06}-{stop:06}")) for start, stop in self.batches()]
+    def gather(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a cell over all batches: a row for each image, or for each batch where one is of it all."""
+        parts = [self.cells.get(self.key(name, start, stop)) for start, stop in self.batches()]
         return {
-            name: torch.cat([part[name] if part[name].shape[:1] == (n,) else part[name][None] for n, part in parts])
-            for name in parts[0][1]
+            key: (torch.stack if key.rpartition("/")[2] in _OF_A_BATCH else torch.cat)([part[key] for part in parts])
+            for key in parts[0]
         }
 
     def gallery(self, count: int) -> Picture:
@@ -207,9 +223,9 @@ class Judge:
         classes = self.gather("classes")["class_idx"][:count].tolist()
         rows = []
         for i in range(len(classes)):
-            picture = load_image(self.data[i][self.image_column])
+            picture = read_image(self.data[i][self.image_column])
             region = seen_region(self.classifier.image_processor, picture.size)
             drawn = (heatmap(maps[spec][i], picture.size, region) for spec in self.specs)
-            rows.append([picture, *(overlay(picture, found, region) for found in drawn)])
+            rows.append([picture, *(overlay(picture, heat, region) for heat in drawn)])
         titles = [self.classifier.id2label[index] for index in classes]
         return gallery(rows, ["image", *self.specs], titles)

@@ -6,21 +6,24 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, Image, load_dataset
+from datasets import ClassLabel, Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..attribution import DEFAULT_RULE, rule_named
 from ..classifiers import split_classifier
-from ..compatibility import fit
 from ..evaluation.report import summarize, table_of
 from ..files import dumps
 from ..modeling_tve import TVEExplainer
 from ..patches import REMOVALS, TOKEN_DROP, GridSize, as_pair
-from ..vit_shapley.coalitions import fit_shapley
+from ..sources import open_images
 from ..vit_shapley.modeling import ShapleyExplainer
 from .cells import Cells, digest
 from .judge import Judge, parse_method, refusal
+from .labels import is_correct
+
+logger = logging.get_logger(__name__)
 
 # Every method that serves a classifier without training, and those that draw samples with as many as the TVE paper
 # gave them, and with as many as they need to be worth comparing.
@@ -38,7 +41,9 @@ class EvaluateArguments:
     """Settings of one evaluation."""
 
     classifier: str = field(metadata={"help": "Classifier to explain: a name or folder."})
-    test_files: list[str] = field(metadata={"help": "Parquet files (or patterns) of held-out images."})
+    test_files: list[str] = field(
+        metadata={"help": "Held-out images: parquet, arrow, tar (webdataset) or image files, or patterns of one kind."}
+    )
     output_dir: str = field(metadata={"help": "Where report.json, table.md, the plots and the intermediate cells go."})
     model: str | None = field(default=None, metadata={"help": "Explainer of its backbone: adds tve and exact."})
     vit_shapley: str | None = field(
@@ -56,8 +61,12 @@ class EvaluateArguments:
     hypothesis_template: list[str] = field(
         default_factory=list, metadata={"help": 'Sentences for them; "This is a photo of {}." by default.'}
     )
-    image_column: str = field(default="image")
-    label_column: str = field(default="label", metadata={"help": "Used for the accuracy, where it exists."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the images; found where there is one or it is called image."}
+    )
+    label_column: str = field(
+        default="label", metadata={"help": "Numbers or names of classes, for the accuracy, where it exists."}
+    )
     num_images: int = field(default=300, metadata={"help": "Images, drawn at random by the seed."})
     grid_size: int | None = field(default=None, metadata={"help": "P; that of the explainer by default."})
     hops: int | None = field(default=None, metadata={"help": "Radius of neighbourhoods; the explainer's by default."})
@@ -102,19 +111,16 @@ def _grid_and_hops(
     return as_pair(grid), hops
 
 
-def _images(args: EvaluateArguments) -> tuple[Dataset, list[int]]:
-    """The images, encoded, with labels where there are any; and which rows of the files they are."""
-    data = load_dataset("parquet", data_files=args.test_files, split="train")
-    column, names = args.image_column, data.column_names
-    if column not in names:
-        raise ValueError(f"No column {column!r} in {args.test_files}; choose image_column among {', '.join(names)}.")
-    if min(args.num_images, len(data)) < 1:
-        raise ValueError(f"{args.test_files} give no image with num_images={args.num_images}; pass at least one.")
-    kept = [name for name in (column, args.label_column) if name in names]
+def _images(args: EvaluateArguments) -> tuple[Dataset, str, list[int]]:
+    """The images, encoded, with labels if they have any; the column they are in; and which rows of the files."""
+    images = open_images(args.test_files, image_column=args.image_column, others=[args.label_column])
+    data: Any = images.data  # map-style, for it was not streamed
+    if args.num_images < 1:
+        raise ValueError(f"{images.name} gives no image with num_images={args.num_images}; pass at least one.")
     # Any images, for a set may be sorted by class; the same ones, and more, when more are asked for.
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed)).tolist()
     rows = order[: args.num_images]
-    return data.select_columns(kept).select(rows).cast_column(column, Image(decode=False)), rows
+    return data.select(rows), images.column, rows
 
 
 def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
@@ -135,21 +141,19 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
     explainer = shapley_explainer = None
     if args.model is not None:
         explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval().to(state.device)
-        classifier = fit(explainer, classifier)
     if args.vit_shapley is not None:
         shapley_explainer = ShapleyExplainer.from_pretrained(args.vit_shapley, dtype=torch.float32).eval()
-        fit_shapley(shapley_explainer.to(state.device), classifier)
+        shapley_explainer = shapley_explainer.to(state.device)
     grid, hops = _grid_and_hops(args, explainer, shapley_explainer)
-    data, rows = _images(args)
+    data, image_column, rows = _images(args)
     offered = {"hops": hops, "rule": args.rule, "explainer": explainer, "shapley_explainer": shapley_explainer}
     refused = {spec: error for spec in specs if (error := refusal(classifier, spec, grid, offered))}
     for spec, error in refused.items():
-        if spec in args.methods:  # by name; a budget is for any classifier, and some methods are for some
+        # Asked for by name; a budget is for any classifier, and some methods are for some.
+        if spec in (*args.methods, "tve", "vit_shapley"):
             raise error
     settings = {
         "classifier": digest(classifier),
-        "explainer": digest(explainer) if explainer else None,
-        "vit_shapley": digest(shapley_explainer) if shapley_explainer else None,
         "test_files": args.test_files,
         "grid": list(grid),
         "hops": hops,
@@ -170,10 +174,25 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
         rule=args.rule,
         batch_size=args.batch_size,
         seed=args.seed,
-        image_column=args.image_column,
-        label_column=args.label_column,
+        image_column=image_column,
         shapley_explainer=shapley_explainer,
     )
+
+
+def _correct(args: EvaluateArguments, judge: Judge) -> Tensor | None:
+    """Whether the classifier is right, 1 or 0 for each image, (n,); None, with a warning, if labels do not tell."""
+    if args.label_column not in judge.data.column_names:
+        return None
+    feature = judge.data.features[args.label_column]
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    labels, class_idx = judge.data[args.label_column], judge.gather("classes")["class_idx"]
+    correct = is_correct(class_idx, list(labels), judge.classifier.id2label, names)
+    if correct is None and PartialState().is_main_process:
+        logger.warning(
+            f"The labels in column {args.label_column!r} are not the classes of {judge.classifier.name}, so the "
+            "accuracy is left out; for it, pass as label_column one of their numbers or names."
+        )
+    return correct
 
 
 def evaluate(args: EvaluateArguments) -> dict[str, Any]:
@@ -183,7 +202,8 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
     `accelerate launch` the batches are shared out among the processes.
 
     Raises:
-        ValueError: If a name is unknown, there are no images, or the folder holds results of other settings.
+        ValueError: If a name is unknown, the images cannot be read, an explainer is of another classifier, or the
+            folder holds results of other settings.
     """
     state = PartialState()
     judge = _prepare(args, state)
@@ -194,13 +214,13 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
     state.wait_for_everyone()
 
     table: dict[str, Tensor] = {}
-    classes = judge.gather("classes")
-    if "correct" in classes:
-        table["correct"] = classes["correct"]
+    correct = _correct(args, judge)
+    if correct is not None:
+        table["correct"] = correct
     if judge.explainer is not None:
-        found = judge.gather("agreement")
-        table |= {key: found[key] for key in ("spearman", "pearson", "kept_error", "removed_error")}
-        table |= {key: found[key] for key in ("epsilon", "bound", "error")}
+        compared = judge.gather("agreement")
+        table |= {key: compared[key] for key in ("spearman", "pearson", "kept_error", "removed_error")}
+        table |= {key: compared[key] for key in ("epsilon", "bound", "error")}
     curves: dict[str, dict[str, list[float]]] = {}
     cost = {}
     for spec in judge.specs:
@@ -211,7 +231,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
             for side in ("plus", "minus"):
                 table[f"{spec}/{removal}/{side}"] = judged[f"{side}_auc"]
             curves[f"{removal}/{spec}"] = {
-                "sparsity": judged["sparsity"].view(len(batches), -1)[0].tolist(),
+                "sparsity": judged["sparsity"][0].tolist(),
                 **{side: judged[side].mean(0).tolist() for side in ("plus", "minus")},
             }
     table = {key: column.double() for key, column in table.items()}
@@ -221,7 +241,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
         "rows": judge.rows,
         "summary": summarize(table, judge.specs, args.removals),
         "refused": judge.refused,
-        "cost": {spec: {key: round(value, 6) for key, value in found.items()} for spec, found in cost.items()},
+        "cost": {spec: {key: round(value, 6) for key, value in entry.items()} for spec, entry in cost.items()},
         "curves": {
             key: {name: [round(v, 4) for v in values] for name, values in curve.items()}
             for key, curve in curves.items()

@@ -1,1 +1,32 @@
-"""Judge maps beyond fidelity: perturbation, localisation, sanity checks, statistics, and the report of them all."""
+"""Judge maps beyond fidelity: perturbation, localisation, sanity checks, statistics, and the report of them all.
+
+`perturbation` and `localization` are functions here, as README uses them, and modules for what they hold besides:
+`from tve_hf.evaluation.perturbation import Perturbation`.
+"""
+
+from .localization import Localization, PointIoU, localization, point_iou
+from .perturbation import (
+    InsertionDeletion,
+    Perturbation,
+    SingleDeletion,
+    insertion_deletion,
+    perturbation,
+    single_deletion,
+)
+from .sanity import class_sensitivity, randomization, sensitivity_max
+
+__all__ = [
+    "InsertionDeletion",
+    "Localization",
+    "Perturbation",
+    "PointIoU",
+    "SingleDeletion",
+    "class_sensitivity",
+    "insertion_deletion",
+    "localization",
+    "perturbation",
+    "point_iou",
+    "randomization",
+    "sensitivity_max",
+    "single_deletion",
+]

@@ -109,16 +109,16 @@ def localization(scores: Tensor, masks: Tensor) -> Localization:
     maps = F.interpolate(normalized.unsqueeze(1), size=masks.shape[1:], mode="bilinear", align_corners=False)
     maps, masks = maps.flatten(1), masks.flatten(1)  # (B, H W)
     highest = maps == maps.amax(1, keepdim=True)
-    found = maps > 0.5
-    intersection = torch.stack([(~found & ~masks).sum(1), (found & masks).sum(1)], 1)
-    union = torch.stack([(~found | ~masks).sum(1), (found | masks).sum(1)], 1)
+    on_object = maps > 0.5
+    intersection = torch.stack([(~on_object & ~masks).sum(1), (on_object & masks).sum(1)], 1)
+    union = torch.stack([(~on_object | ~masks).sum(1), (on_object | masks).sum(1)], 1)
     # An image at a time, since sorting takes many times the memory of its pixels.
     precisions = [
         average_precision(torch.cat([m, 1 - m]), torch.cat([mask, ~mask])) for m, mask in zip(maps, masks, strict=True)
     ]
     return Localization(
         pointing=(highest & masks).sum(1) / highest.sum(1),
-        pixel_accuracy=(found == masks).float().mean(1),
+        pixel_accuracy=(on_object == masks).float().mean(1),
         intersection=intersection,
         union=union,
         average_precision=torch.stack(precisions),
@@ -131,7 +131,7 @@ class PointIoU:
 
     Args:
         classes: the labels, (L,), ascending.
-        iou: of each label, (L,): the points on it that its maps find, as a share of those that are on it or found.
+        iou: of each label, (L,): points on it above 0.5 in its maps, as a share of those on it or above 0.5.
     """
 
     classes: Tensor
@@ -139,7 +139,7 @@ class PointIoU:
 
     @property
     def mean_iou(self) -> Tensor:
-        """p-mIoU, a scalar: the mean over labels; one with no point on it and none found does not count."""
+        """p-mIoU, a scalar: the mean over labels; one with no point on it and none above 0.5 does not count."""
         return self.iou.nanmean()
 
 
@@ -148,14 +148,14 @@ def point_iou(scores: Tensor, points: Tensor, inside: Tensor, class_idx: Tensor)
     """Compare maps with points of which it is known whether they lie on the label: open-vocabulary p-mIoU.
 
     As on OpenImages V7 (Benenson & Ferrari, arXiv 2210.14142): each image has a map for every label present in it, and
-    a label's points are counted over all its images. Maps are normalised, resized bilinearly and binarised at 0.5, as
-    for `localization`.
+    a label's points are counted over all its images. Maps are min-max normalised, resized bilinearly and binarised at
+    0.5, as in `localization`.
 
     Args:
         scores: a map for each pair of an image and a label present in it, (M, rows, cols).
         points: (M, K, 2), x and y in what the map covers, from its upper left corner, as shares of width and height.
-        inside: (M, K) integers, 1 where the point lies on the label, 0 where not, -1 where there is none: pairs have
-            different numbers of points.
+        inside: (M, K) integers, 1 where the point lies on the label, 0 where not, -1 in the place of a missing one:
+            pairs have different numbers of points.
         class_idx: the label of each pair, (M,).
 
     Raises:
@@ -174,16 +174,16 @@ def point_iou(scores: Tensor, points: Tensor, inside: Tensor, class_idx: Tensor)
             f"{tuple(class_idx.shape)} do not fit; pass (M, rows, cols), (M, K, 2), (M, K) and (M,)."
         )
     maps = _normalized(scores).to(points.device)
-    there = inside >= 0
+    exists = inside >= 0
     if not torch.isin(inside, torch.tensor([-1, 0, 1], device=inside.device)).all():
-        raise ValueError("inside must hold 1 for a point on the label, 0 for another, and -1 where there is none.")
-    if not ((points >= 0) & (points <= 1))[there].all():
+        raise ValueError("inside must hold 1 for a point on the label, 0 for another, and -1 for a missing one.")
+    if not ((points >= 0) & (points <= 1))[exists].all():
         raise ValueError("A point lies beyond its map; pass x and y in [0, 1], shares of what the map covers.")
     place = (2 * points.float() - 1).nan_to_num().unsqueeze(1)  # (M, 1, K, 2)
     values = F.grid_sample(maps.unsqueeze(1), place, mode="bilinear", padding_mode="border", align_corners=False)
-    found = (values[:, 0, 0] > 0.5) & there
+    above = (values[:, 0, 0] > 0.5) & exists
     on = inside == 1
-    both, either = (found & on).sum(1).float(), (found | on).sum(1).float()
+    both, either = (above & on).sum(1).float(), (above | on).sum(1).float()
     classes, label = class_idx.to(points.device).unique(return_inverse=True)
     total = torch.zeros(2, len(classes), device=points.device).index_add_(1, label, torch.stack([both, either]))
     return PointIoU(classes, total[0] / total[1])  # 0 / 0 is NaN

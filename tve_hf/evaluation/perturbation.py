@@ -31,17 +31,17 @@ class Perturbation:
 
     @property
     def positive_auc(self) -> Tensor:
-        """Area under the curve, (B,), at most 0.9; lower is better. Its mean is that under the accuracy curve."""
+        """Area under each curve, (B,), at most 0.9; lower is better. Its mean is that under the accuracy curve."""
         return area(self.positive, self.share)
 
     @property
     def negative_auc(self) -> Tensor:
-        """The same, least relevant patches first; higher is better."""
+        """The same when the least relevant go first; higher is better."""
         return area(self.negative, self.share)
 
     @classmethod
     def from_correct(cls, positive: Tensor, negative: Tensor) -> "Perturbation":
-        """From curves that are 1 where the prediction is right, (B, K), at shares evenly spaced to 0.9."""
+        """Curves of what is 1 where the prediction is right, (B, K), at shares evenly spaced to 0.9."""
         return cls(torch.linspace(0, float(LAST), positive.shape[1]), positive, negative)
 
 
@@ -65,12 +65,17 @@ def perturbation(
     the share of images whose prediction stays. round(share * N) patches go; ties go to the lower patch number.
 
     Args:
-        classifier, pixel_values, scores, grid_size, removal, chunk_size: as for `fidelity`.
+        classifier: whose predictions are read.
+        pixel_values: (B, 3, H, W).
+        scores: (B, rows, cols), or (B, N) on the grid `grid_size` (a square one if None).
         class_idx: the class that counts as right, (B,): true or predicted.
         num_levels: points on each curve, both ends included: 2 num_levels - 1 passes an image.
+        removal: how patches are deleted: a key of `patches.REMOVALS`, or "token_drop".
+        chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
+        inputs: what else the image processor returns and the classifier reads, one row for each image.
 
     Raises:
-        ValueError: As for `fidelity`.
+        ValueError: If the scores are not finite or do not fit the images, or there are more levels than patches + 1.
     """
     scores, grid = check_scores(classifier, pixel_values, scores, class_idx, grid_size)
     shares = even_shares(num_levels, scores.shape[1], LAST)
@@ -88,7 +93,8 @@ class InsertionDeletion:
 
     Args:
         share: (K,), from 0 to 1.
-        insertion: f of the most important patches alone, (B, K); deletion: f without them.
+        insertion: f of the most important patches alone, (B, K).
+        deletion: f without them, (B, K).
     """
 
     share: Tensor
@@ -97,12 +103,12 @@ class InsertionDeletion:
 
     @property
     def insertion_auc(self) -> Tensor:
-        """Area under the curve, (B,); higher is better."""
+        """Area under each curve, (B,); higher is better."""
         return area(self.insertion, self.share)
 
     @property
     def deletion_auc(self) -> Tensor:
-        """Area under the curve, (B,); lower is better."""
+        """Area under each curve, (B,); lower is better."""
         return area(self.deletion, self.share)
 
 
@@ -125,8 +131,18 @@ def insertion_deletion(
     pixel. The two areas depend on these operators, so compare methods under several. 2 num_levels - 1 passes an image.
 
     Args:
-        insertion_removal, deletion_removal: what stands for patches not yet inserted, and deleted ones.
-        others: as for `fidelity`.
+        classifier: f, whose probability of the class is read.
+        pixel_values: (B, 3, H, W).
+        scores: (B, rows, cols), or (B, N) on the grid `grid_size` (a square one if None).
+        class_idx: the class, (B,).
+        num_levels: points on each curve, both ends included.
+        insertion_removal: what stands for patches not yet inserted: a key of `patches.REMOVALS`, or "token_drop".
+        deletion_removal: what stands for deleted ones, likewise.
+        chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
+        inputs: what else the image processor returns and the classifier reads, one row for each image.
+
+    Raises:
+        ValueError: If the scores are not finite or do not fit the images, or there are more levels than patches + 1.
     """
     scores, grid = check_scores(classifier, pixel_values, scores, class_idx, grid_size)
     shares = even_shares(num_levels, scores.shape[1])
@@ -147,8 +163,8 @@ class SingleDeletion:
 
     Args:
         drop: f(Z; y) - f(Z \\ {z}; y) of each patch, (B, N).
-        pearson, spearman: correlation of the scores with the drops, (B,); NaN where one of them is constant, for then
-            there is none.
+        pearson: correlation of the scores with the drops, (B,); NaN where one of them is constant.
+        spearman: their rank correlation, likewise.
     """
 
     drop: Tensor
@@ -171,7 +187,19 @@ def single_deletion(
 
     No patch is ranked, so signs and sizes count, and an image with one patch missing is close to those that the
     classifier knows; after the single deletion score of Hesse et al. (IDSDS, arXiv 2407.11910), which fine-tunes the
-    classifier on such images first. Arguments as for `fidelity`.
+    classifier on such images first.
+
+    Args:
+        classifier: f, whose probability of the class is read.
+        pixel_values: (B, 3, H, W).
+        scores: (B, rows, cols), or (B, N) on the grid `grid_size` (a square one if None).
+        class_idx: the class, (B,).
+        removal: how a patch is deleted: a key of `patches.REMOVALS`, or "token_drop".
+        chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
+        inputs: what else the image processor returns and the classifier reads, one row for each image.
+
+    Raises:
+        ValueError: If the scores are not finite or do not fit the images.
     """
     scores, grid = check_scores(classifier, pixel_values, scores, class_idx, grid_size)
     num_patches = scores.shape[1]

@@ -117,8 +117,14 @@ def randomization(
     by. The classifier is left as it is: a copy is randomised. NaN where one of the maps is constant.
 
     Args:
-        explain, pixel_values, class_idx: as for `sensitivity_max`.
-        part, generator: as for `randomized`.
+        explain: the method.
+        pixel_values: (B, 3, H, W).
+        class_idx: the class explained in each image, (B,).
+        part: "head", H_t, or "backbone", G.
+        generator: of the weights, on the CPU; seeded with 0 if None.
+
+    Raises:
+        ValueError: If no part has this name, it has no weights, a map is not finite, or there is no image.
     """
     before = _maps(explain, classifier, pixel_values, class_idx)
     return spearman(before, _maps(explain, randomized(classifier, part, generator), pixel_values, class_idx))
@@ -128,7 +134,11 @@ def class_sensitivity(explain: Explain, classifier: SplitClassifier, pixel_value
     """Return the rank correlation of the maps of the predicted class and of the runner-up, (B,).
 
     1 for a method whose map does not depend on the class that it is asked for; lower is better, as far as the two
-    classes are not told by the same patches. NaN where one of the maps is constant.
+    classes are not recognised by the same patches. NaN where one of the maps is constant.
+
+    Args:
+        explain: the method.
+        pixel_values: (B, 3, H, W).
 
     Raises:
         ValueError: If the classifier has one class only, or there is no image.

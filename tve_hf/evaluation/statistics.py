@@ -1,31 +1,42 @@
 """Statistics over images: bootstrap intervals, sign-flip tests, Holm's correction, ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+# Random numbers in memory at once: 8 bytes each, whatever the number of images.
+DRAWS_AT_ONCE = 2**22
+
+
+def _draws(high: int, samples: int, n: int, seed: int) -> Iterator[Tensor]:
+    """Integers below `high`, (samples, n) in all, some rows at a time: as if they had been drawn at once."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = max(1, DRAWS_AT_ONCE // n)
+    for start in range(0, samples, rows):
+        yield torch.randint(high, (min(rows, samples - start), n), generator=generator)
+
 
 def bootstrap_interval(values: Tensor, samples: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean of per-image values, (n,)."""
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(len(values), (samples, len(values)), generator=generator)
-    low, high = values[index].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    means = torch.cat([values[index].mean(1) for index in _draws(len(values), samples, len(values), seed)])
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high
 
 
 def sign_flip_test(differences: Tensor, samples: int = 10_000, seed: int = 0) -> float:
     """Two-sided p-value of paired differences, (n,), under the hypothesis that each is as likely of either sign.
 
-    The share of random sign flips whose mean is at least as far from 0 as the one found; the found one counts too, so
-    that p is never 0.
+    The share of random sign flips whose mean is at least as far from 0 as the observed one, which counts too, so that
+    p is never 0.
     """
-    generator = torch.Generator().manual_seed(seed)
-    signs = 2.0 * torch.randint(2, (samples, len(differences)), generator=generator).to(differences) - 1
-    means = (signs @ differences / len(differences)).abs()
     # A tolerance, for a mean of the same terms in another order is another number.
-    found = differences.mean().abs() * (1 - 1e-9)
-    return (1 + int((means >= found).sum())) / (samples + 1)
+    observed = differences.mean().abs() * (1 - 1e-9)
+    as_far = 0
+    for flips in _draws(2, samples, len(differences), seed):
+        means = (2.0 * flips.to(differences) - 1) @ differences / len(differences)
+        as_far += int((means.abs() >= observed).sum())
+    return (1 + as_far) / (samples + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -74,8 +74,8 @@ def _shares(results: dict[str, dict[str, Any]]) -> str:
     """How much of the exact maps' fidelity the explainer reaches, for each task and removal operator."""
     return "; ".join(
         f"on {task} "
-        + ", ".join(f"{rows['tve_share_of_exact']:.0%} ({removal})" for removal, rows in fidelity.items())
-        for task, fidelity in ((task, report["summary"]["fidelity"]) for task, report in results.items())
+        + ", ".join(f"{share:.0%} ({removal})" for removal, share in report["summary"]["tve_share_of_exact"].items())
+        for task, report in results.items()
     )
 
 

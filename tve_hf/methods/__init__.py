@@ -78,15 +78,22 @@ def explain(
         scores (B, rows, cols), float32, higher for patches that support the class more; units are the method's.
 
     Raises:
-        ValueError: If there is no such method, it has no such option, or it cannot serve this classifier; if there is
-            no image, `class_idx` does not name a class for each, or pixels or scores are not finite.
+        ValueError: If no method has this name, it has no such option, it needs an explainer, or it cannot serve this
+            classifier; if there is no image, `class_idx` does not name a class for each, or pixels or scores are not
+            finite.
     """
     method = load(name)
     parameters = signature(method).parameters
     unknown = [option for option in options if option not in parameters]
-    if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
+    if unknown and not any(map(_takes_any, parameters.values())):
         known = ", ".join(list(parameters)[4:]) or "none"
         raise ValueError(f"{name} takes no {unknown[0]}, its options are: {known}; 'exact' serves any classifier.")
+    for option, parameter in list(parameters.items())[4:]:
+        if parameter.default is Parameter.empty and options.get(option) is None and not _takes_any(parameter):
+            raise ValueError(
+                f"{name} needs {option}, a {parameter.annotation.__name__} trained for {classifier.name}; pass "
+                f"{option}=, or use 'exact', which needs none."
+            )
     if len(pixel_values) == 0:
         raise ValueError("pixel_values holds no image; pass a batch of at least one.")
     if not torch.isfinite(pixel_values).all():
@@ -102,3 +109,8 @@ def explain(
     if not torch.isfinite(scores).all():
         raise ValueError(f"The scores of {name} are not finite: the classifier's weights hold NaN or infinity.")
     return scores
+
+
+def _takes_any(parameter: Parameter) -> bool:
+    """Whether a parameter is `**options`."""
+    return parameter.kind is Parameter.VAR_KEYWORD

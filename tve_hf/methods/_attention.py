@@ -108,9 +108,9 @@ def attend(classifier: SplitClassifier, pixel_values: Tensor, layout: Layout, ho
     own = (recorder.hook(model.get_submodule(name), name) for name in names)
     with eager_attention(model), hooked(chain(hooks, own)), recorder:
         output = classifier.reading(())(pixel_values, **layout.inputs)
-    found = dict(recorder.seen)
-    pooled = found[layout.pooler] if layout.pooler else None
-    return Attended(output.logits, output.embeddings, [found[name] for name in layout.attentions], pooled)
+    attention = dict(recorder.seen)
+    pooled = attention[layout.pooler] if layout.pooler else None
+    return Attended(output.logits, output.embeddings, [attention[name] for name in layout.attentions], pooled)
 
 
 Slopes = dict[int, Tensor]  # gradient of the embedding by a tensor, by the tensor's id
@@ -144,10 +144,10 @@ def _observe(
             embeddings = classifier(x, **inputs).embeddings
         direction = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0)).to(embeddings)
         wanted = [t for t in (*(weights for _, weights in recorder.seen), *outputs.values()) if t.requires_grad]
-        found: tuple[Tensor | None, ...] = ()
+        gradients: tuple[Tensor | None, ...] = ()
         if wanted and embeddings.requires_grad:
-            found = torch.autograd.grad((embeddings * direction).sum(), wanted, allow_unused=True)
-    slopes = {id(tensor): slope for tensor, slope in zip(wanted, found, strict=False) if slope is not None}
+            gradients = torch.autograd.grad((embeddings * direction).sum(), wanted, allow_unused=True)
+    slopes = {id(tensor): slope for tensor, slope in zip(wanted, gradients, strict=False) if slope is not None}
     return [(name, weights) for name, weights in recorder.seen if id(weights) in slopes], outputs, slopes
 
 

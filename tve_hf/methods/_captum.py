@@ -55,6 +55,12 @@ def patch_numbers(pixel_values: Tensor, grid_size: tuple[int, int]) -> Tensor:
     return (rows.unsqueeze(1) * grid_size[1] + columns).view(1, 1, *pixel_values.shape[-2:])
 
 
+def seed_of(generator: torch.Generator | None) -> int:
+    """Draw a seed for captum, which takes no generator, from one on the CPU; seeded with 0 if None."""
+    generator = generator or torch.Generator().manual_seed(0)
+    return int(torch.randint(2**32, (), generator=generator))  # the largest that numpy takes
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed the global generators, from which alone captum draws, and put them back after the block."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..classifiers import SplitClassifier
-from ._captum import patch_numbers, seeded
+from ._captum import patch_numbers, seed_of, seeded
 
 
 @torch.no_grad()
@@ -17,12 +17,13 @@ def explain_images(
     class_idx: Tensor,
     grid_size: tuple[int, int],
     n_samples: int,
-    seed: int,
+    generator: torch.Generator | None,
     chunk_size: int | None,
     **options: Any,
 ) -> Tensor:
     """Run a method of captum image by image, which is how it works; the coefficients as scores (B, rows, cols)."""
     numbers = patch_numbers(pixel_values, grid_size)
+    seed = seed_of(generator)
     scores = []
     for image, index in zip(pixel_values, class_idx.tolist(), strict=True):
 

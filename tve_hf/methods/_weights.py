@@ -20,13 +20,13 @@ from transformers import PreTrainedConfig
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:
     """All configs that any module of the model holds, and those inside them, once each."""
     waiting = [v for module in model.modules() for v in vars(module).values() if isinstance(v, PreTrainedConfig)]
-    found: dict[int, PreTrainedConfig] = {}
+    configs: dict[int, PreTrainedConfig] = {}
     while waiting:
         config = waiting.pop()
-        if id(config) not in found:
-            found[id(config)] = config
+        if id(config) not in configs:
+            configs[id(config)] = config
             waiting += [v for v in vars(config).values() if isinstance(v, PreTrainedConfig)]
-    return list(found.values())
+    return list(configs.values())
 
 
 @contextmanager
@@ -49,13 +49,13 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
 
 def _explicit_attention(module: nn.MultiheadAttention, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | None:
     """Run torch's attention again with weights that its output depends on; its own are a copy beside the graph."""
-    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    if module.bias_k is not None or module.add_zero_attn or given["value"].ndim != 3:
+    inputs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    if module.bias_k is not None or module.add_zero_attn or inputs["value"].ndim != 3:
         return None
-    given |= {"need_weights": True, "average_attn_weights": False}
-    _, weights = module.forward(**given)  # (B, heads, Q, T)
+    inputs |= {"need_weights": True, "average_attn_weights": False}
+    _, weights = module.forward(**inputs)  # (B, heads, Q, T)
     assert weights is not None
-    value = given["value"] if module.batch_first else given["value"].transpose(0, 1)
+    value = inputs["value"] if module.batch_first else inputs["value"].transpose(0, 1)
     weight = module.v_proj_weight if module.in_proj_weight is None else module.in_proj_weight.chunk(3)[2]
     bias = None if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[2]
     value = F.linear(value, weight, bias).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)

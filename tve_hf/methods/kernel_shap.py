@@ -1,5 +1,6 @@
 """KernelSHAP (Lundberg & Lee, arXiv 1705.07874), by captum: Shapley values of patches by weighted regression."""
 
+import torch
 from torch import Tensor
 
 from ..classifiers import SplitClassifier
@@ -13,7 +14,7 @@ def explain(
     class_idx: Tensor,
     grid_size: tuple[int, int],
     n_samples: int = 400,
-    seed: int = 0,
+    generator: torch.Generator | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
     """Coefficients of a regression of f(S; y) on which patches are in S, sampled by the Shapley kernel.
@@ -21,7 +22,7 @@ def explain(
     Args:
         n_samples: masked images, one pass each. With fewer than N + 1 for N patches the regression is
             under-determined and the map mostly noise; captum's default, and the TVE paper's, is 25.
-        seed: of the coalitions.
+        generator: draws the coalitions, the same for all images of the batch; on the CPU, seeded with 0 if None.
         chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
 
     Returns:
@@ -32,4 +33,6 @@ def explain(
         ValueError: If the grid does not divide the image.
     """
     attribution = captum_attr().KernelShap
-    return explain_images(attribution, classifier, pixel_values, class_idx, grid_size, n_samples, seed, chunk_size)
+    return explain_images(
+        attribution, classifier, pixel_values, class_idx, grid_size, n_samples, generator, chunk_size
+    )

@@ -96,8 +96,8 @@ def _sensitivity(
         if mean and layout.pooler is not None:
 
             def without_norm(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-                given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-                return (), given | dict.fromkeys(("key", "value"), torch.cat(states))
+                inputs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+                return (), inputs | dict.fromkeys(("key", "value"), torch.cat(states))
 
             pooler = model.get_submodule(layout.pooler)
             if not isinstance(pooler, nn.MultiheadAttention):

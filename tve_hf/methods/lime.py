@@ -1,5 +1,6 @@
 """LIME (Ribeiro, Singh & Guestrin, arXiv 1602.04938), by captum, with the linear model of the authors' code."""
 
+import torch
 from torch import Tensor
 
 from ..classifiers import SplitClassifier
@@ -13,7 +14,7 @@ def explain(
     class_idx: Tensor,
     grid_size: tuple[int, int],
     n_samples: int = 1000,
-    seed: int = 0,
+    generator: torch.Generator | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
     """Coefficients of a ridge regression of f(S; y) on which patches are in S, weighted by closeness to the image.
@@ -24,7 +25,7 @@ def explain(
 
     Args:
         n_samples: masked images, one pass each; the authors' code takes 1000, and the comparison in the TVE paper 25.
-        seed: of the masks.
+        generator: draws the masks, the same for all images of the batch; on the CPU, seeded with 0 if None.
         chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
 
     Returns:
@@ -39,5 +40,5 @@ def explain(
 
     options = {"interpretable_model": SkLearnRidge(alpha=1.0)}
     return explain_images(
-        attr.Lime, classifier, pixel_values, class_idx, grid_size, n_samples, seed, chunk_size, **options
+        attr.Lime, classifier, pixel_values, class_idx, grid_size, n_samples, generator, chunk_size, **options
     )

@@ -76,12 +76,12 @@ def explain(
 
 
 def _cut(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    """Take what a branch of a block reads as given, so that the residual stream alone carries gradients."""
+    """Take what a branch of a block reads for a constant, so that the residual stream alone carries gradients."""
     return output.detach().requires_grad_()
 
 
 def _fixed(module: nn.LayerNorm, args: tuple, output: Tensor) -> Tensor:
-    """Layer normalisation by given statistics: linear in its input."""
+    """Layer normalisation by fixed statistics: linear in its input."""
     axes = tuple(range(-len(module.normalized_shape), 0))
     variance, mean = torch.var_mean(args[0].detach().float(), axes, correction=0, keepdim=True)
     normed = ((args[0] - mean) * (variance + module.eps).rsqrt()).to(output.dtype)

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..attribution import DEFAULT_RULE, transfer
 from ..classifiers import SplitClassifier
 from ..modeling_tve import TVEExplainer
+from ._fitting import fitted
 
 
 @torch.no_grad()
@@ -17,13 +18,20 @@ def explain(
     explainer: TVEExplainer,
     rule: str = DEFAULT_RULE,
 ) -> Tensor:
-    """Scores (B, rows, cols) of the explainer, on its own grid, in the units of the rule."""
-    config = explainer.config
-    if config.grid_shape != grid_size:
-        raise ValueError(
-            f"The explainer's grid is {config.grid_shape}, not {grid_size}; pass grid_size={config.grid_shape}."
-        )
-    seen = classifier(pixel_values)
+    """Scores of the explainer, on its own grid.
+
+    Args:
+        explainer: pre-trained for the classifier's backbone; it reads the feature maps that its config names.
+        rule: how embeddings become scores, a key of `attribution.RULES`.
+
+    Returns:
+        Signed scores (B, rows, cols), in the units of the rule.
+
+    Raises:
+        ValueError: If the explainer has another grid, or was pre-trained for another backbone.
+    """
+    seen = fitted(explainer, classifier, pixel_values, grid_size)(pixel_values)
     predicted = explainer(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
-    scores = transfer(predicted.kept, predicted.removed, classifier, class_idx, rule, grid_size, config.hops)
+    hops = explainer.config.hops
+    scores = transfer(predicted.kept, predicted.removed, classifier, class_idx, rule, grid_size, hops)
     return scores.unflatten(1, grid_size)

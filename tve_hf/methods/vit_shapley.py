@@ -7,6 +7,7 @@ from ..attribution import of_class
 from ..classifiers import SplitClassifier
 from ..vit_shapley.coalitions import check_head
 from ..vit_shapley.modeling import ShapleyExplainer
+from ._fitting import fitted
 
 
 @torch.no_grad()
@@ -29,15 +30,11 @@ def explain(
         scores (B, rows, cols), differences of probability.
 
     Raises:
-        ValueError: If the explainer has another grid or was trained for another head.
+        ValueError: If the explainer has another grid, or was trained for another backbone or head.
     """
-    config = shapley_explainer.config
-    if config.grid_shape != grid_size:
-        raise ValueError(
-            f"The explainer's grid is {config.grid_shape}, not {grid_size}; pass grid_size={config.grid_shape}."
-        )
+    reading = fitted(shapley_explainer, classifier, pixel_values, grid_size)
     check_head(shapley_explainer, classifier)
-    seen = classifier.reading(tuple(config.feature_names))(pixel_values)
+    seen = reading(pixel_values)
     values = shapley_explainer(
         pixel_values=pixel_values,
         features=seen.features,

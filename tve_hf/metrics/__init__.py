@@ -1,7 +1,7 @@
 """The metrics as `evaluate` modules, which compute from rows of numbers that were measured before.
 
-Each is a folder that `evaluate.load` takes, offline. The functions of `tve_hf.fidelity`,
-`tve_hf.evaluation.perturbation` and `tve_hf.evaluation.localization` need no `evaluate`.
+Each is a folder that `evaluate.load` takes, offline. `tve_hf.fidelity` and the functions of `tve_hf.evaluation` need
+no `evaluate`.
 """
 
 from pathlib import Path

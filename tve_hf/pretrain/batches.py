@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from ..classifiers import SplitClassifier
+from ..sources import UNREADABLE, Images, read_image
 from .arguments import PretrainArguments
-from .images import UNREADABLE, Images, random_crop, read_image
+from .images import random_crop
 
 
 class Key(NamedTuple):

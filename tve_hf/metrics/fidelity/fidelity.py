@@ -49,8 +49,8 @@ class FidelityMetric(evaluate.Metric):
         lengths = {len(curve) for curve in (*kept, *removed)}
         if len(lengths) != 1 or min(lengths) < 2:
             raise ValueError(f"The curves have {sorted(lengths)} points; pass as many for each image, at least 2.")
-        found = Fidelity.from_probabilities(torch.tensor(full), torch.tensor(kept), torch.tensor(removed))
-        areas = {"plus_auc": found.plus_auc, "minus_auc": found.minus_auc, "gap": found.gap}
+        curves = Fidelity.from_probabilities(torch.tensor(full), torch.tensor(kept), torch.tensor(removed))
+        areas = {"plus_auc": curves.plus_auc, "minus_auc": curves.minus_auc, "gap": curves.gap}
         return {name: values.mean().item() for name, values in areas.items()} | {
             f"{name}_std": values.std().item() if len(values) > 1 else float("nan") for name, values in areas.items()
         }

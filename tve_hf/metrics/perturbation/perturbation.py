@@ -1,4 +1,4 @@
-"""Positive and negative perturbation as an `evaluate` module: an adapter of `tve_hf.perturbation.Perturbation`."""
+"""Positive and negative perturbation as an `evaluate` module: an adapter of `tve_hf.evaluation.Perturbation`."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import datasets
 import evaluate
 import torch
 
-from tve_hf.evaluation.perturbation import Perturbation
+from tve_hf.evaluation import Perturbation
 
 _DESCRIPTION = """
 Area under the accuracy curve while 0 to 90 % of the patches are deleted, the most relevant first (positive; lower is
@@ -44,10 +44,10 @@ class PerturbationMetric(evaluate.Metric):
         lengths = {len(curve) for curve in (*positive, *negative)}
         if len(lengths) != 1 or min(lengths) < 2:
             raise ValueError(f"The curves have {sorted(lengths)} points; pass as many for each image, at least 2.")
-        found = Perturbation.from_correct(torch.tensor(positive), torch.tensor(negative))
+        curves = Perturbation.from_correct(torch.tensor(positive), torch.tensor(negative))
         return {
-            "positive_auc": found.positive_auc.mean().item(),
-            "negative_auc": found.negative_auc.mean().item(),
-            "positive_accuracy": found.positive.mean(0).tolist(),
-            "negative_accuracy": found.negative.mean(0).tolist(),
+            "positive_auc": curves.positive_auc.mean().item(),
+            "negative_auc": curves.negative_auc.mean().item(),
+            "positive_accuracy": curves.positive.mean(0).tolist(),
+            "negative_accuracy": curves.negative.mean(0).tolist(),
         }

@@ -1,4 +1,4 @@
-"""Pixel accuracy, mIoU, mAP and the pointing game as an `evaluate` module: an adapter of `tve_hf.localization`."""
+"""Pixel accuracy, mIoU, mAP and the pointing game as an `evaluate` module: an adapter of `localization`."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import evaluate
 import numpy as np
 import torch
 
-from tve_hf.evaluation.localization import Localization, localization
+from tve_hf.evaluation import Localization, localization
 
 _DESCRIPTION = """
 How well maps lie on masks of the object. Maps are min-max normalised, resized bilinearly to the mask and binarised at
@@ -45,13 +45,13 @@ class SegmentationMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[list[list[float]]], references: list[list[list[int]]]) -> dict[str, Any]:
-        found: list[Localization] = []
+        each: list[Localization] = []
         for scores, reference in zip(predictions, references, strict=True):
             mask = torch.from_numpy(np.array(reference, np.uint8))
             if mask.max() > 1:
                 raise ValueError(f"A mask holds {int(mask.max())}; pass 1 on the object and 0 elsewhere.")
-            found.append(localization(torch.tensor([scores]), mask.bool().unsqueeze(0)))
-        whole = Localization(*(torch.cat(parts) for parts in zip(*(vars(one).values() for one in found), strict=True)))
+            each.append(localization(torch.tensor([scores]), mask.bool().unsqueeze(0)))
+        whole = Localization(*(torch.cat(parts) for parts in zip(*(vars(one).values() for one in each), strict=True)))
         return {
             "pixel_accuracy": whole.pixel_accuracy.mean().item(),
             "mean_iou": whole.mean_iou.item(),

@@ -1,0 +1,131 @@
+"""Images from any source that `datasets` reads, undecoded until they are needed: for training and for evaluation."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, DatasetDict, Image, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetBuildError
+from PIL import Image as PILImage
+
+from .images import load_image
+
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+# What the many decoders raise on bytes that make no image, and `load_image` on no bytes at all.
+UNREADABLE = (OSError, SyntaxError, TypeError, ValueError)
+
+
+class Images(NamedTuple):
+    """A column of undecoded images.
+
+    Args:
+        data: the rows, map-style or streamed.
+        column: where the images are.
+        name: of the source, for messages.
+        number: of images; None if a stream does not tell.
+    """
+
+    data: Dataset | IterableDataset
+    column: str
+    name: str
+    number: int | None
+
+
+def open_images(
+    files: list[str],
+    dataset_name: str | None = None,
+    dataset_config: str | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    streaming: bool = False,
+    others: Sequence[str] = (),
+) -> Images:
+    """Open files, or a split of a data set, without decoding an image.
+
+    Args:
+        files: parquet, arrow, tar (webdataset) or image files, or patterns of one kind.
+        dataset_name: instead of files, a data set of the Hub, or a folder (parquet, save_to_disk, images, webdataset).
+        dataset_config: its configuration.
+        split: of the data set.
+        image_column: by default the only one that holds images, or else "image".
+        streaming: read in passing, without a copy on disk.
+        others: columns to keep beside the images, as far as they exist.
+
+    Raises:
+        ValueError: If there is no such source, split or column, or no image in it.
+    """
+    name = ", ".join(files) if files else f"{dataset_name} [{split}]"
+    try:
+        data = _load(files, dataset_name, dataset_config, split, streaming)
+    except DatasetBuildError as error:
+        raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{name} was not found: {error}") from error
+    except ValueError as error:  # of a split or configuration that does not exist, or of no data at all
+        raise ValueError(f"{name} cannot be opened, or is empty: {error}") from error
+    if isinstance(data, IterableDataset) and data.features is None:
+        data = data._resolve_features()  # by looking at the first rows
+    features = data.features or {}
+    number = len(data) if isinstance(data, Dataset) else _number(data, split)
+    if number == 0 or not features:
+        raise ValueError(f"{name} holds no image; pass a data set with at least one.")
+    column = _image_column(features, image_column, name)
+    data = data.select_columns(
+        [column, *(other for other in others if other in features and other != column)]
+    ).cast_column(column, Image(decode=False))
+    return Images(data, column, name, number)
+
+
+def _load(
+    files: list[str], dataset_name: str | None, dataset_config: str | None, split: str, streaming: bool
+) -> Dataset | IterableDataset:
+    if files:
+        suffix = Path(files[0]).suffix.lower()
+        builder = "imagefolder" if suffix in PILImage.registered_extensions() else _BUILDERS.get(suffix, "parquet")
+        return load_dataset(builder, data_files=files, split="train", streaming=streaming)
+    folder = Path(dataset_name or "")
+    if not ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
+        return load_dataset(dataset_name, dataset_config, split=split, streaming=streaming)
+    saved = load_from_disk(str(folder))
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise ValueError(f"{folder} has no split {split!r}; choose among {', '.join(saved)}.")
+        saved = saved[split]
+    return saved.to_iterable_dataset(num_shards=min(64, len(saved))) if streaming and len(saved) else saved
+
+
+def _number(data: IterableDataset, split: str) -> int | None:
+    info = (data.info.splits or {}).get(split)
+    return info.num_examples or None if info else None
+
+
+def _image_column(features: dict[str, Any], asked: str | None, name: str) -> str:
+    """The column that was asked for, else the only one that holds images, else "image"."""
+    columns = ", ".join(features)
+    if asked is not None:
+        if asked not in features:
+            raise ValueError(f"No column {asked!r} in {name}; choose image_column among {columns}.")
+        return asked
+
+    def holds_images(feature: Any) -> bool:
+        is_binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
+        return isinstance(feature, Image) or is_binary or (isinstance(feature, dict) and "bytes" in feature)
+
+    candidates = [column for column, feature in features.items() if holds_images(feature)]
+    if len(candidates) == 1:
+        return candidates[0]
+    holds_paths = getattr(features.get("image"), "dtype", None) in ("string", "large_string")
+    if "image" in candidates or (holds_paths and not candidates):
+        return "image"
+    raise ValueError(
+        f"{name} has {len(candidates) or 'no'} columns that look like images; choose image_column among {columns}."
+    )
+
+
+def read_image(image: Any) -> PILImage.Image:
+    """Decode one undecoded image of `datasets`: bytes, a path, or an address inside an archive or on the Hub."""
+    path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else None
+    if path is None or os.path.exists(path) or path.startswith(("http://", "https://")):
+        return load_image(image)
+    return load_image(Image().decode_example(image))
