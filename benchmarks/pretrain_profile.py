@@ -131,7 +131,7 @@ class Profile:
 def main() -> None:
     (args,) = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()
     profile = Profile()
-    module.exact_meta_attribution = profile.timed("masked", module.exact_meta_attribution)
+    module.exact_labels = profile.timed("masked", module.exact_labels)
     module._Run.step = profile.end_of_step(profile.timed("step", module._Run.step))
     module.batches_of = profile.batches_of(module.batches_of)
     module.pretrain(args)

@@ -149,7 +149,7 @@ def train(
         return found[0].float(), found[1].float()
 
     first = pixel_values[:128]
-    _, patch_idx = draw(args, steps, steps, len(first), config.num_patches)
+    _, patch_idx = draw(args, steps, steps, len(first), config)
     exact, inputs = exact_of(first, patch_idx), look(teacher, first)
     seconds.clear()
     with torch.no_grad():
@@ -166,7 +166,7 @@ def train(
     order = Order(number, batch_size, 1, 0, 1, args.seed, 0, longer * steps)
     for step, keys in enumerate(tqdm(order, total=longer * steps, unit="step", mininterval=30)):
         rows = [key.number for key in keys]
-        mirrored, patch_idx = draw(args, step, steps, batch_size, config.num_patches)
+        mirrored, patch_idx = draw(args, step, steps, batch_size, config)
         if step < steps:
             images = torch.where(mirrored.view(-1, 1, 1, 1), pixel_values[rows].flip(-1), pixel_values[rows])
             begun = time.process_time()

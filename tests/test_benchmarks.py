@@ -48,7 +48,7 @@ def test_profile_of_a_run(tmp_path, monkeypatch, capsys, isolated) -> None:
 
     from tve_hf import pretrain
 
-    for owner, name in ((pretrain, "exact_meta_attribution"), (pretrain, "batches_of"), (pretrain._Run, "step")):
+    for owner, name in ((pretrain, "exact_labels"), (pretrain, "batches_of"), (pretrain._Run, "step")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back what the script replaces
     arguments = []
     for name, value in (save_run(tmp_path) | {"output_dir": str(tmp_path / "run")}).items():

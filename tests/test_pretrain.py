@@ -155,7 +155,7 @@ def test_draws_are_those_of_algorithm_1_by_hand(settings, classifier, tmp_path, 
         calls.append(1)
         return tve_hf.exact_meta_attribution(*arguments)
 
-    monkeypatch.setattr(tve_hf.pretrain, "exact_meta_attribution", count)
+    monkeypatch.setattr(tve_hf.pretraining_labels, "exact_meta_attribution", count)
     trained = pretrain(PretrainArguments(**(settings | {"seed": 4, "cache_labels": cached})))
     assert not (tmp_path / "run" / "labels.f16").exists()
     labels = {}  # number of an image -> its kept and removed

@@ -39,12 +39,12 @@ def test_a_second_run_is_kept_out_until_the_first_is_killed(settings, tmp_path, 
         return sample_patches(*arguments)
 
     settings["dataloader_num_workers"] = 1
-    monkeypatch.setattr(tve_hf.pretrain, "sample_patches", hang)
+    monkeypatch.setattr(tve_hf.pretraining_labels, "sample_patches", hang)
     first = multiprocessing.get_context("fork").Process(target=lambda: pretrain(PretrainArguments(**settings)))
     first.start()
     try:
         assert arrived.wait(120)
-        monkeypatch.setattr(tve_hf.pretrain, "sample_patches", sample_patches)
+        monkeypatch.setattr(tve_hf.pretraining_labels, "sample_patches", sample_patches)
         with pytest.raises(
             OSError, match=rf"Another run \(process {first.pid} on .*\) is writing in .*run; wait for it"
         ):
