@@ -86,7 +86,7 @@ def test_processes_that_are_not_joined_are_refused(settings, tmp_path, monkeypat
     assert not list((tmp_path / "run").iterdir())
 
 
-@pytest.mark.parametrize("moment", ["tve_hf.pretrain.sample_patches", "accelerate.Accelerator.save_state"])
+@pytest.mark.parametrize("moment", ["tve_hf.pretraining_labels.sample_patches", "accelerate.Accelerator.save_state"])
 def test_a_killed_worker_is_told_and_the_next_start_resumes(settings, tmp_path, monkeypatch, moment):
     """Killed in a step, or while a checkpoint is being written: then it is not the disk that is blamed."""
     settings["dataloader_num_workers"] = 1
