@@ -17,6 +17,7 @@ from .modeling_shapley import ShapleyExplainer, ShapleyExplainerOutput
 from .modeling_tve import TVEExplainer, TVEExplainerOutput
 from .pipeline_tve import TransferableAttributionPipeline
 from .released import DEFAULT_EXPLAINER
+from .sampling import SampledMetaAttribution, sampled_meta_attribution
 from .verification import verify
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ PIPELINE_REGISTRY.register_pipeline(
 __all__ = [
     "DEFAULT_RULE",
     "RULES",
+    "SampledMetaAttribution",
     "ShapleyConfig",
     "ShapleyExplainer",
     "ShapleyExplainerOutput",
@@ -48,6 +50,7 @@ __all__ = [
     "fidelity",
     "methods",
     "metrics",
+    "sampled_meta_attribution",
     "split_classifier",
     "transfer",
     "verify",
