@@ -148,3 +148,14 @@ def test_random_crop():
     assert len({crop.shape for crop in crops}) > 50
     line = Image.new("RGB", (100, 1))
     assert random_crop(line, random.Random(0)).size == (100, 1)
+
+
+def test_files_whose_other_columns_differ_are_read_one_after_the_other(tmp_path):
+    save_noise(tmp_path / "a.parquet", 2, label=[0, 1])
+    save_noise(tmp_path / "b.parquet", 3, source=["x", "y", "z"])
+    files = [str(tmp_path / name) for name in ("a.parquet", "b.parquet")]
+    images = open_images(PretrainArguments("", ""), files, "train", streaming=False)
+    assert images.number == len(images.data) == 5
+    assert images.data.column_names == ["image"]
+    alone = open_images(PretrainArguments("", ""), files[1:], "train", streaming=False)
+    assert images.data[2] == alone.data[0]

@@ -5,8 +5,16 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, DatasetDict, Image, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetBuildError
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetBuildError, DatasetGenerationCastError
 from PIL import Image as PILImage
 from torch import Tensor
 
@@ -66,7 +74,13 @@ def _load(args: PretrainArguments, files: list[str], split: str, streaming: bool
     if files:
         suffix = Path(files[0]).suffix.lower()
         builder = "imagefolder" if suffix in PILImage.registered_extensions() else _BUILDERS.get(suffix, "parquet")
-        return load_dataset(builder, data_files=files, split="train", streaming=streaming)
+        try:
+            return load_dataset(builder, data_files=files, split="train", streaming=streaming)
+        except DatasetGenerationCastError:  # their other columns differ
+            parts = [load_dataset(builder, data_files=file, split="train") for file in files]
+            return concatenate_datasets(
+                [_images_alone(part, args, file) for part, file in zip(parts, files, strict=True)]
+            )
     folder = Path(args.dataset_name or "")
     if not ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
         return load_dataset(args.dataset_name, args.dataset_config, split=split, streaming=streaming)
@@ -76,6 +90,13 @@ def _load(args: PretrainArguments, files: list[str], split: str, streaming: bool
             raise ValueError(f"{folder} has no split {split!r}; choose among {', '.join(saved)}.")
         saved = saved[split]
     return saved.to_iterable_dataset(num_shards=min(64, len(saved))) if streaming and len(saved) else saved
+
+
+def _images_alone(data: Dataset, args: PretrainArguments, name: str) -> Dataset:
+    """The column of images of one file, under one name whatever it was called."""
+    column = _image_column(data.features, args.image_column, name)
+    data = data.select_columns([column]).cast_column(column, Image(decode=False))
+    return data if column == "image" else data.rename_column(column, "image")
 
 
 def _number(data: IterableDataset, split: str) -> int | None:
