@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import noise_image, save_classifier
+from tiny import noise_image, save_classifier, save_noise
 
 from tve_hf import split_classifier
 from tve_hf.pretraining_arguments import PretrainArguments

@@ -14,7 +14,8 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from datasets.exceptions import DatasetBuildError, DatasetGenerationCastError
+from datasets.exceptions import DatasetBuildError
+from datasets.table import CastError
 from PIL import Image as PILImage
 from torch import Tensor
 
@@ -76,7 +77,10 @@ def _load(args: PretrainArguments, files: list[str], split: str, streaming: bool
         builder = "imagefolder" if suffix in PILImage.registered_extensions() else _BUILDERS.get(suffix, "parquet")
         try:
             return load_dataset(builder, data_files=files, split="train", streaming=streaming)
-        except DatasetGenerationCastError:  # their other columns differ
+        except DatasetBuildError as error:
+            if not isinstance(error.__cause__, CastError):
+                raise
+            # Their other columns differ.
             parts = [load_dataset(builder, data_files=file, split="train") for file in files]
             return concatenate_datasets(
                 [_images_alone(part, args, file) for part, file in zip(parts, files, strict=True)]
