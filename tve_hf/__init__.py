@@ -15,6 +15,7 @@ from .fidelity import Fidelity, fidelity
 from .modeling_tve import TVEExplainer, TVEExplainerOutput
 from .pipeline_tve import TransferableAttributionPipeline
 from .released import DEFAULT_EXPLAINER
+from .sampling import SampledMetaAttribution, sampled_meta_attribution
 from .verification import verify
 from .vit_shapley.configuration import ShapleyConfig
 from .vit_shapley.modeling import ShapleyExplainer, ShapleyExplainerOutput
@@ -37,6 +38,7 @@ __all__ = [
     "DEFAULT_RULE",
     "RULES",
     "Fidelity",
+    "SampledMetaAttribution",
     "ShapleyConfig",
     "ShapleyExplainer",
     "ShapleyExplainerOutput",
@@ -49,6 +51,7 @@ __all__ = [
     "fidelity",
     "methods",
     "metrics",
+    "sampled_meta_attribution",
     "split_classifier",
     "transfer",
     "verify",

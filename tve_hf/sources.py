@@ -5,8 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, DatasetDict, Image, IterableDataset, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetBuildError
+from datasets.table import CastError
 from PIL import Image as PILImage
 
 from .images import load_image
@@ -57,7 +66,7 @@ def open_images(
     """
     name = ", ".join(files) if files else f"{dataset_name} [{split}]"
     try:
-        data = _load(files, dataset_name, dataset_config, split, streaming)
+        data = _load(files, dataset_name, dataset_config, split, image_column, streaming)
     except DatasetBuildError as error:
         raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
     except FileNotFoundError as error:
@@ -78,12 +87,26 @@ def open_images(
 
 
 def _load(
-    files: list[str], dataset_name: str | None, dataset_config: str | None, split: str, streaming: bool
+    files: list[str],
+    dataset_name: str | None,
+    dataset_config: str | None,
+    split: str,
+    image_column: str | None,
+    streaming: bool,
 ) -> Dataset | IterableDataset:
     if files:
         suffix = Path(files[0]).suffix.lower()
         builder = "imagefolder" if suffix in PILImage.registered_extensions() else _BUILDERS.get(suffix, "parquet")
-        return load_dataset(builder, data_files=files, split="train", streaming=streaming)
+        try:
+            return load_dataset(builder, data_files=files, split="train", streaming=streaming)
+        except DatasetBuildError as error:
+            if not isinstance(error.__cause__, CastError):
+                raise
+            # Their other columns differ.
+            parts = [load_dataset(builder, data_files=file, split="train") for file in files]
+            return concatenate_datasets(
+                [_images_alone(part, image_column, file) for part, file in zip(parts, files, strict=True)]
+            )
     folder = Path(dataset_name or "")
     if not ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
         return load_dataset(dataset_name, dataset_config, split=split, streaming=streaming)
@@ -93,6 +116,13 @@ def _load(
             raise ValueError(f"{folder} has no split {split!r}; choose among {', '.join(saved)}.")
         saved = saved[split]
     return saved.to_iterable_dataset(num_shards=min(64, len(saved))) if streaming and len(saved) else saved
+
+
+def _images_alone(data: Dataset, image_column: str | None, name: str) -> Dataset:
+    """The column of images of one file, under one name whatever it was called."""
+    column = _image_column(data.features, image_column, name)
+    data = data.select_columns([column]).cast_column(column, Image(decode=False))
+    return data if column == "image" else data.rename_column(column, "image")
 
 
 def _number(data: IterableDataset, split: str) -> int | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import chisquare, kstest
-from tiny import SIDE, noise_image, save_classifier
+from tiny import SIDE, noise_image, save_classifier, save_noise
 from transformers import ViTImageProcessorPil
 
 from tve_hf import split_classifier
@@ -201,3 +201,14 @@ def test_the_ratios_of_crops_are_those_of_torchvision_and_mae():
     low, high = np.log(3 / 4), np.log(4 / 3)
     assert kstest(ratios, "uniform", args=(low, high - low)).pvalue > 1e-3
     assert np.median(ratios) == pytest.approx(0, abs=0.02)
+
+
+def test_files_whose_other_columns_differ_are_read_one_after_the_other(tmp_path):
+    save_noise(tmp_path / "a.parquet", 2, label=[0, 1])
+    save_noise(tmp_path / "b.parquet", 3, source=["x", "y", "z"])
+    files = [str(tmp_path / name) for name in ("a.parquet", "b.parquet")]
+    images = open_images(PretrainArguments("", ""), files, "train", streaming=False)
+    assert images.number == len(images.data) == 5
+    assert images.data.column_names == ["image"]
+    alone = open_images(PretrainArguments("", ""), files[1:], "train", streaming=False)
+    assert images.data[2] == alone.data[0]

@@ -19,6 +19,7 @@ _METHODS = {
     "vit_shapley": ".vit_shapley",
     "exact": ".exact",
     "exact_sampled": ".exact_sampled",
+    "sampled": ".sampled",
     "random": ".random",
     "centre": ".centre",
     "raw_attention": ".raw_attention",

@@ -4,6 +4,7 @@ import math
 import random
 
 import torch
+from datasets import Dataset
 from PIL import Image as PILImage
 from torch import Tensor
 

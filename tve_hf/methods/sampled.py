@@ -1,0 +1,38 @@
+"""Means over random backgrounds by sampling: what explainers of random backgrounds predict (arXiv 2312.15359, Eq. 3).
+
+Departs from the paper in taking the mean of the embedding rather than of the class's log-probability, so that one set
+of masked passes serves every class and head.
+"""
+
+from torch import Generator, Tensor
+
+from ..attribution import transfer
+from ..classifiers import SplitClassifier
+from ..coalitions import Coalitions
+from ..sampling import sampled_meta_attribution
+
+
+def explain(
+    classifier: SplitClassifier,
+    pixel_values: Tensor,
+    class_idx: Tensor,
+    grid_size: tuple[int, int],
+    n_samples: int = 200,
+    coalitions: Coalitions | str = "smooth",
+    removal: str = "zero",
+    rule: str = "log_prob",
+    hops: int = 2,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
+    **inputs: Tensor,
+) -> Tensor:
+    """Scores (B, rows, cols), in the units of the rule, from `n_samples` masked passes an image.
+
+    Args:
+        n_samples, coalitions, removal, generator, chunk_size, inputs: as for `sampled_meta_attribution`.
+        rule, hops: as for `transfer`.
+    """
+    kept, removed = sampled_meta_attribution(
+        classifier, pixel_values, grid_size, n_samples, coalitions, removal, generator, chunk_size, **inputs
+    )
+    return transfer(kept, removed, classifier, class_idx, rule, grid_size, hops).unflatten(1, grid_size)
