@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .classifiers import SplitClassifier
+from .configuration_tve import TVEConfig
 from .patches import GridSize, average_over_neighborhoods, grid_of, neighborhoods
 
 # Evidence of a class in an embedding: (classifier, embeddings (..., D)) -> (..., C), in float32.
@@ -55,6 +56,7 @@ RULES: dict[str, Rule] = {
     "log_prob_averaged": Rule(_log_prob, averaged=True),
     "logit": Rule(_logit),
     "logit_averaged": Rule(_logit, averaged=True),
+    "prob": Rule(_prob),
     "removed_averaged": Rule(_log_prob, averaged=True, kept=False),
     "standardized_logit": Rule(_logit, standardized=True),
     "standardized_logit_averaged": Rule(_logit, standardized=True, averaged=True),
@@ -63,6 +65,13 @@ RULES: dict[str, Rule] = {
 
 # Of the rules that keep sign and units, the one that holds up best: examples/study_rules.py.
 DEFAULT_RULE = "logit_averaged"
+# The same for each kind of explainer. Those of random backgrounds already average over what surrounds a patch.
+DEFAULT_RULES = {"antithetical": DEFAULT_RULE, "random": "prob"}
+
+
+def rule_of(config: TVEConfig) -> str:
+    """The rule for what an explainer predicts, where nothing else is asked for: its own, or that of its kind."""
+    return config.rule or DEFAULT_RULES[config.backgrounds]
 
 
 def rule_named(name: str) -> Rule:
@@ -182,9 +191,7 @@ def apply_rule(how: Rule, kept: Tensor, removed: Tensor, classifier: SplitClassi
     """Scores of a rule before averaging: (B, N, D) twice and classes (B, K) -> (B, K, N)."""
 
     def part(embeddings: Tensor) -> Tensor:
-        evidence = how.evidence(classifier, embeddings.to(classifier.dtype))  # (B, N, C)
-        index = classes.unsqueeze(1).expand(-1, evidence.shape[1], -1)
-        chosen = evidence.gather(-1, index).transpose(1, 2)  # (B, K, N)
+        chosen = evidence_of(how, embeddings, classifier, classes)
         if how.standardized:
             spread = chosen.std(-1, keepdim=True, correction=0)
             constant = spread <= 1e-5 * chosen.abs().amax(-1, keepdim=True)  # but for rounding, not to be blown up
@@ -193,3 +200,10 @@ def apply_rule(how: Rule, kept: Tensor, removed: Tensor, classifier: SplitClassi
         return chosen
 
     return part(kept) - part(removed) if how.kept else -part(removed)
+
+
+def evidence_of(how: Rule, embeddings: Tensor, classifier: SplitClassifier, classes: Tensor) -> Tensor:
+    """What a rule reads of each image's classes (B, K) in its embeddings (B, N, D): (B, K, N), float32."""
+    evidence = how.evidence(classifier, embeddings.to(classifier.dtype))  # (B, N, C)
+    index = classes.unsqueeze(1).expand(-1, evidence.shape[1], -1)
+    return evidence.gather(-1, index).transpose(1, 2)

@@ -115,6 +115,11 @@ class TVEConfig(BackboneReaderConfig):
             Shapley values, which sum to G(x) - G(empty image).
         coalition_prob: `"independent"` coalitions: probability with which each patch is kept.
         coalition_scale: `"smooth"` coalitions: standard deviation of the blur of their fields, in patches.
+        refine_coalitions: random backgrounds: the distribution of the coalitions that `refine` computes.
+        refine_strength: random backgrounds: how noisy a masked pass is, in units of the uncertainty of one score, when
+            `refine` weighs it against the prediction; see `refinement.py`. Fitted on the validation images.
+        rule: how predictions become scores where nothing else is asked for, a key of `attribution.RULES`; None is
+            the default for explainers with these `backgrounds`.
         label_removals: random backgrounds: what replaced removed pixels in training, one or several operators in turn.
         trunk: `"backbone"` reads the features that the backbone computes anyway and predicts differences of
             embeddings; `"vit_mae"` is the paper's: it reads pixels only, through a Mask-AutoEncoder and mixer heads.
@@ -166,6 +171,9 @@ class TVEConfig(BackboneReaderConfig):
     coalition_prob: float = 0.5
     coalition_scale: float = 0.7
     label_removals: list[str] = field(default_factory=lambda: ["zero"])
+    refine_coalitions: Literal["smooth", "independent", "uniform", "shapley"] = "independent"
+    refine_strength: float = 5.0
+    rule: str | None = None
 
     mae_config: dict | PreTrainedConfig | None = None
     num_head_layers: int = 17
@@ -206,6 +214,8 @@ class TVEConfig(BackboneReaderConfig):
         self._validate_mae()
         if self.backgrounds == "random":
             self.distribution.check(self.grid_shape)
+            if self.refine_strength <= 0:
+                raise ValueError(f"refine_strength is {self.refine_strength}, it must be above 0.")
             if not self.label_removals:
                 raise ValueError('label_removals is empty, name what replaces removed pixels, for example ["zero"].')
 

@@ -20,67 +20,88 @@ from torch import Tensor
 from .additive import embedding_of, phi_and_base
 from .attribution import evidence_of, rule_named
 from .classifiers import SplitClassifier
+from .coalitions import Coalitions
 from .configuration_tve import TVEConfig
 from .patches import average_over_neighborhoods
 
 
-@torch.no_grad()
-def correction(
-    classifier: SplitClassifier,
-    pixel_values: Tensor,
-    kept: Tensor,
-    removed: Tensor,
-    class_idx: Tensor,
-    config: TVEConfig,
-    num_samples: int,
-    rule: str,
-    removal: str = "zero",
-    chunk_size: int | None = None,
-    **inputs: Tensor,
-) -> Tensor:
-    """What `num_samples` masked passes an image add to its scores; the same passes serve all its classes and heads.
+class Refinement:
+    """The masked passes of some images, made once, which correct their maps under every rule, class and head.
 
-    All images get the same coalitions, always the same, so that an answer depends neither on the batch nor on the call.
+    All images get the same coalitions, in every call, so that an answer depends on nothing but its image.
 
     Args:
         classifier: whose backbone the explainer was trained for.
         pixel_values: (B, 3, H, W), on the classifier's device.
         kept, removed: what the explainer predicts, (B, N, D) each.
-        class_idx: classes to explain, (B, K) int64.
         config: of the explainer, with backgrounds="random".
         num_samples: n, masked passes for each image.
-        rule: key of `attribution.RULES` whose scores are to be corrected.
         removal: what replaces removed pixels, a key of `patches.REMOVALS`.
         chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
         inputs: what else the image processor returns and the classifier reads, one row for each image.
 
-    Returns:
-        The correction, (B, K, N) float32, to be added to what `transfer` gives.
-
     Raises:
-        ValueError: If the explainer has antithetical backgrounds, the rule scales its maps, or n is below 1.
+        ValueError: If the explainer has antithetical backgrounds, or n is below 1.
     """
-    check_refinement(config, num_samples, rule)
-    how, distribution = rule_named(rule), config.refine_distribution
-    grid, prob = config.grid_shape, distribution.keep_prob
-    pairs = num_samples + num_samples % 2
-    keep = distribution.draw(1, pairs, grid, torch.Generator().manual_seed(0))[0, :num_samples]  # (n, N)
-    masks = keep.to(pixel_values.device).expand(len(pixel_values), -1, -1)
-    embeddings = classifier.embed_masked(pixel_values, masks, grid, removal, chunk_size, **inputs)  # (B, n, D)
-    predicted = embedding_of(masks, *phi_and_base(kept, removed, config.distribution.keep_prob), prob)
-    true, foretold = (evidence_of(how, e, classifier, class_idx) for e in (embeddings, predicted))  # (B, K, n)
-    design = keep.double() - prob
-    kernel = design @ design.T + design.shape[1] / 4 + config.refine_strength * torch.eye(num_samples)
-    share = torch.linalg.solve(kernel, design).to(true)  # (n, N)
-    added = (true - foretold) @ share
-    return average_over_neighborhoods(added, grid, config.hops) if how.averaged else added
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        classifier: SplitClassifier,
+        pixel_values: Tensor,
+        kept: Tensor,
+        removed: Tensor,
+        config: TVEConfig,
+        num_samples: int,
+        removal: str = "zero",
+        chunk_size: int | None = None,
+        **inputs: Tensor,
+    ):
+        check_refinement(config, num_samples)
+        self.config = config
+        how = Coalitions(config.refine_coalitions, scale=config.coalition_scale)
+        pairs = num_samples + num_samples % 2
+        keep = how.draw(1, pairs, config.grid_shape, torch.Generator().manual_seed(0))[0, :num_samples]  # (n, N)
+        masks = keep.to(pixel_values.device).expand(len(pixel_values), -1, -1)
+        self.embeddings = classifier.embed_masked(
+            pixel_values, masks, config.grid_shape, removal, chunk_size, **inputs
+        )  # (B, n, D)
+        phi, base = phi_and_base(kept, removed, config.distribution.keep_prob)
+        self.predicted = embedding_of(masks, phi, base, how.keep_prob)  # (B, n, D)
+        design = keep.double() - how.keep_prob
+        kernel = design @ design.T + design.shape[1] / 4 + config.refine_strength * torch.eye(num_samples)
+        self.share = torch.linalg.solve(kernel, design).to(kept.device, torch.float32)  # (n, N)
+
+    @torch.no_grad()
+    def correction(self, classifier: SplitClassifier, class_idx: Tensor, rule: str) -> Tensor:
+        """What the passes add to the scores that `transfer` gives, (B, K, N); or (B, N) for one class of each image.
+
+        Args:
+            classifier: whose head is asked, on the same backbone.
+            class_idx: classes, (B, K) or (B,) int64.
+            rule: key of `attribution.RULES`.
+
+        Raises:
+            ValueError: If the rule scales its maps, or reads removed alone.
+        """
+        how = rule_named(rule)
+        if how.standardized or not how.kept:
+            raise ValueError(
+                f"refine corrects differences of evidence, which the rule {rule!r} is not; choose prob or logit."
+            )
+        classes = class_idx if class_idx.ndim == 2 else class_idx.unsqueeze(1)
+        true, foretold = (evidence_of(how, e, classifier, classes) for e in (self.embeddings, self.predicted))
+        added = (true - foretold) @ self.share  # (B, K, N)
+        if how.averaged:
+            added = average_over_neighborhoods(added, self.config.grid_shape, self.config.hops)
+        return added if class_idx.ndim == 2 else added.squeeze(1)
 
 
-def check_refinement(config: TVEConfig, num_samples: int, rule: str) -> None:
+def check_refinement(config: TVEConfig, num_samples: int) -> None:
     """Refuse what cannot be refined.
 
     Raises:
-        ValueError: Saying what to do instead.
+        ValueError: If the explainer does not foretell coalitions, or no pass is asked for; with what to do instead.
     """
     if config.backgrounds != "random":
         raise ValueError(
@@ -90,7 +111,3 @@ def check_refinement(config: TVEConfig, num_samples: int, rule: str) -> None:
         )
     if num_samples < 1:
         raise ValueError(f"refine is {num_samples}; give the number of masked passes, for example 25.")
-    if rule_named(rule).standardized or not rule_named(rule).kept:
-        raise ValueError(
-            f"refine corrects differences of evidence, but the rule {rule!r} is none; choose prob or logit."
-        )

@@ -13,8 +13,9 @@ from PIL.Image import Image as Picture
 from torch import Tensor
 
 from .. import methods
-from ..attribution import exact_meta_attribution, transfer
+from ..attribution import exact_meta_attribution, rule_of, transfer
 from ..classifiers import SplitClassifier
+from ..faithfulness import faithfulness
 from ..fidelity import fidelity
 from ..geometry import seen_region
 from ..modeling_tve import TVEExplainer
@@ -25,22 +26,25 @@ from ..vit_shapley.modeling import ShapleyExplainer
 from .cells import Cells, digest
 from .cost import Cost, counting
 
+NUM_COALITIONS = 64  # that an explainer of random backgrounds is to foretell, for each image
 # Tensors of a cell that are of its whole batch; all others have a row for each image.
 _OF_A_BATCH = {*(field.name for field in fields(Cost)), "sparsity"}
 
 
 @torch.no_grad()
 def agreement(
-    classifier: SplitClassifier, explainer: TVEExplainer, pixel_values: Tensor, class_idx: Tensor, rule: str
+    classifier: SplitClassifier, explainer: TVEExplainer, pixel_values: Tensor, class_idx: Tensor, rule: str | None
 ) -> dict[str, Tensor]:
-    """Compare the explainer with the exact attribution, all patches of each image.
+    """Compare the explainer with the exact attribution of all patches, or, for random backgrounds, with coalitions.
 
     Returns:
-        Correlations and errors, (B,) each, as in `verification.Verification`; the maps `tve` and `exact`, (B, rows,
-        cols); and the cost of each, as `tve/seconds` and so on.
+        Values of each image, (B,): correlations and errors as in `verification.Verification`, or `r2` and
+        `faithfulness` as in `faithfulness.Faithfulness`; and the maps (B, rows, cols) of `tve`, and of `exact` for
+        antithetical backgrounds, with the cost of each, as `tve/seconds` and so on.
     """
     config = explainer.config
     shape = config.grid_shape
+    rule = rule or rule_of(config)
     reading = classifier.reading(tuple(config.feature_names))
     watched = classifier.backbone.model, classifier.backbone.head_names
     with counting(*watched) as tve_cost:
@@ -48,22 +52,33 @@ def agreement(
         output = explainer(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
         predicted = output.kept, output.removed
         tve = transfer(*predicted, classifier, class_idx, rule, config.grid_size, config.hops)
+    maps = {"tve": tve.unflatten(1, shape)} | _costs("tve", tve_cost)
+    if config.backgrounds == "random":
+        logits = transfer(*predicted, classifier, class_idx[:, None], "logit", config.grid_size, config.hops)
+        checks = faithfulness(
+            classifier, pixel_values, logits, class_idx[:, None], NUM_COALITIONS, config.distribution, shape
+        )
+        names = {"r2": "r2", "faithfulness": "pearson"}
+        return maps | {key: torch.tensor([getattr(check, name) for (check,) in checks]) for key, name in names.items()}
     with counting(*watched) as exact_cost:
         exact = exact_meta_attribution(classifier, pixel_values, config.grid_size, config.hops)
         scores = transfer(*exact, classifier, class_idx, rule, config.grid_size, config.hops)
-    costs = {"tve": tve_cost, "exact": exact_cost}
     return {
         "spearman": spearman(tve, scores),
         "pearson": pearson(tve, scores),
         **prediction_errors(classifier, pixel_values, class_idx, predicted, exact),
-        "tve": tve.unflatten(1, shape),
+        **maps,
         "exact": scores.unflatten(1, shape),
-        **{f"{name}/{key}": value for name, cost in costs.items() for key, value in cost.tensors().items()},
+        **_costs("exact", exact_cost),
     }
 
 
+def _costs(name: str, cost: Cost) -> dict[str, Tensor]:
+    return {f"{name}/{key}": value for key, value in cost.tensors().items()}
+
+
 def parse_method(spec: str) -> tuple[str, dict[str, int]]:
-    """Read `name` or `name@samples` as a method and its options.
+    """Read `name` or `name@samples` as a method and its options; tve@25 refines the map by 25 masked passes.
 
     Raises:
         ValueError: If there is no such method, or it draws no samples.
@@ -72,11 +87,12 @@ def parse_method(spec: str) -> tuple[str, dict[str, int]]:
     parameters = inspect.signature(methods.load(name)).parameters
     if not at:
         return name, {}
-    if "n_samples" not in parameters:
+    option = next((option for option in ("n_samples", "refine") if option in parameters), None)
+    if option is None:
         raise ValueError(f"{spec!r}: {name} draws no samples; pass it without @.")
     if not samples.isdigit() or int(samples) < 1:
         raise ValueError(f"{spec!r}: {samples!r} is no number of samples; write {name}@400, for example.")
-    return name, {"n_samples": int(samples)}
+    return name, {option: int(samples)}
 
 
 def options_of(spec: str, offered: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -118,7 +134,7 @@ class Judge:
         removals: keys of `patches.REMOVALS`.
         grid: of the maps, (rows, cols).
         hops: radius of a patch's neighbourhood.
-        rule: how embeddings become scores, a key of `attribution.RULES`.
+        rule: how embeddings become scores, a key of `attribution.RULES`; each method's own if None.
         image_column: of `data`.
         shapley_explainer: of its head, for the method vit_shapley.
     """
@@ -133,7 +149,7 @@ class Judge:
     removals: list[str]
     grid: tuple[int, int]
     hops: int
-    rule: str
+    rule: str | None
     batch_size: int
     seed: int
     image_column: str
@@ -147,7 +163,7 @@ class Judge:
     def key(self, name: str, start: int, stop: int) -> str:
         """The key of a batch's cell: under what it depends on beside the settings of all cells."""
         folders = [f"column={quote(self.image_column, safe='')}", name]
-        made_by = self.digests.get(name.rpartition("/")[2])
+        made_by = self.digests.get(name.rpartition("/")[2].partition("@")[0])
         if made_by is not None:
             folders.append(f"explainer={made_by}")
         return "/".join([*folders, f"{start:06}-{stop:06}"])
@@ -192,7 +208,7 @@ class Judge:
         explainer = self.explainer
         if explainer is not None:
             both = cell("agreement", lambda: agreement(self.classifier, explainer, pixel_values, class_idx, self.rule))
-            for name in ("tve", "exact"):
+            for name in {"tve", "exact"} & both.keys():
                 maps = {key: both[f"{name}/{key}"] for key in ("seconds", "forward", "backward")}
                 cell(f"maps/{name}", partial(dict, maps, scores=both[name]))
         for spec in self.specs:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..attribution import DEFAULT_RULE, rule_named
+from ..attribution import DEFAULT_RULE, rule_named, rule_of
 from ..classifiers import split_classifier
 from ..evaluation.report import summarize, table_of
 from ..files import dumps
@@ -25,6 +25,8 @@ from .labels import is_correct
 
 logger = logging.get_logger(__name__)
 
+# What a judge says of an explainer itself; see `judge.agreement`.
+AGREEMENT = ("spearman", "pearson", "kept_error", "removed_error", "epsilon", "bound", "error", "r2", "faithfulness")
 # Every method that serves a classifier without training, and those that draw samples with as many as the TVE paper
 # gave them, and with as many as they need to be worth comparing.
 _ANY = ["random", "centre", "raw_attention", "rollout", "grad_cam", "attention_cam", "chefer_cam", "legrad"]
@@ -70,7 +72,9 @@ class EvaluateArguments:
     num_images: int = field(default=300, metadata={"help": "Images, drawn at random by the seed."})
     grid_size: int | None = field(default=None, metadata={"help": "P; that of the explainer by default."})
     hops: int | None = field(default=None, metadata={"help": "Radius of neighbourhoods; the explainer's by default."})
-    rule: str = field(default=DEFAULT_RULE)
+    rule: str | None = field(
+        default=None, metadata={"help": "How embeddings become scores; by default the explainer's own rule."}
+    )
     batch_size: int = field(default=20)
     num_gallery: int = field(default=4, metadata={"help": "Images in gallery.png; 0 for none."})
     seed: int = field(default=0)
@@ -124,7 +128,8 @@ def _images(args: EvaluateArguments) -> tuple[Dataset, str, list[int]]:
 
 
 def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
-    rule_named(args.rule)
+    if args.rule is not None:
+        rule_named(args.rule)
     specs = _specs(args)
     for removal in args.removals:
         if removal not in (*REMOVALS, TOKEN_DROP):
@@ -157,7 +162,7 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
         "test_files": args.test_files,
         "grid": list(grid),
         "hops": hops,
-        "rule": args.rule,
+        "rule": args.rule or "of each method",
         "seed": args.seed,
     }
     return Judge(
@@ -219,8 +224,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
         table["correct"] = correct
     if judge.explainer is not None:
         compared = judge.gather("agreement")
-        table |= {key: compared[key] for key in ("spearman", "pearson", "kept_error", "removed_error")}
-        table |= {key: compared[key] for key in ("epsilon", "bound", "error")}
+        table |= {key: compared[key] for key in AGREEMENT if key in compared}
     curves: dict[str, dict[str, list[float]]] = {}
     cost = {}
     for spec in judge.specs:
@@ -235,8 +239,9 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
                 **{side: judged[side].mean(0).tolist() for side in ("plus", "minus")},
             }
     table = {key: column.double() for key, column in table.items()}
+    rule = args.rule or (DEFAULT_RULE if judge.explainer is None else rule_of(judge.explainer.config))
     report = {
-        "settings": asdict(args),
+        "settings": asdict(args) | {"rule": rule},
         "num_images": len(judge.data),
         "rows": judge.rows,
         "summary": summarize(table, judge.specs, args.removals),

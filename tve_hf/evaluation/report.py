@@ -16,6 +16,8 @@ _AGREEMENT: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "median_epsilon": ("epsilon", torch.median),
     "median_bound": ("bound", torch.median),
     "mean_error_nats": ("error", torch.mean),
+    "median_r2": ("r2", torch.nanmedian),
+    "median_faithfulness": ("faithfulness", torch.nanmedian),
     "accuracy": ("correct", torch.mean),
 }
 

@@ -57,10 +57,14 @@ def _agreement(results: dict[str, dict[str, Any]]) -> str:
         "relative error of removed": ("mean_removed_error", "{:.3f}"),
         "mean error of Eq. 7, nats": ("mean_error_nats", "{:.2f}"),
         "median ε of Theorem 1": ("median_epsilon", "{:.2f}"),
+        "median R² of the predicted class's logit": ("median_r2", "{:.2f}"),
+        "median correlation with it": ("median_faithfulness", "{:.2f}"),
     }
     rows = [["", *results], ["images", *(str(r["num_images"]) for r in results.values())]]
     rows.append(["rule", *(f"`{r['settings']['rule']}`" for r in results.values())])
     for title, (key, form) in lines.items():
+        if not all(key in r["summary"] for r in results.values()):
+            continue
         rows.append([title, *(form.format(float(r["summary"][key])) for r in results.values())])
     return _table(rows)
 
@@ -92,6 +96,27 @@ def _shape_values(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    arguments = read_json(folder / "training.json")["arguments"]
+    return _trained_values(folder, config, results) | {
+        "shares": _shares(results),
+        "patches_per_image": str(arguments["patches_per_image"]),
+    }
+
+
+def _random_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Of an explainer of random backgrounds."""
+    arguments, removals = read_json(folder / "training.json")["arguments"], config["label_removals"]
+    return _trained_values(folder, config, results) | {
+        "coalitions": config["coalitions"],
+        "coalitions_per_image": str(arguments["coalitions_per_image"]),
+        "removals": ", ".join(f"{removals.count(name)}/{len(removals)} {name}" for name in dict.fromkeys(removals)),
+        "refine_coalitions": config["refine_coalitions"],
+        "refine_strength": f"{config['refine_strength']:g}",
+    }
+
+
+def _trained_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Of every explainer that was measured."""
     training = read_json(folder / "training.json")
     arguments, last = training["arguments"], training["log"][-1]
     picture = (PICTURE, "of this explainer") if (folder / PICTURE).is_file() else (_CHELSEA, "of the one in tve_hf")
@@ -99,12 +124,10 @@ def _explainer_values(folder: Path, config: dict[str, Any], results: dict[str, d
         "picture": "![A photograph under its map, {1}]({0})".format(*picture),
         "agreement": _agreement(results),
         "fidelity": _fidelity(results),
-        "shares": _shares(results),
         "data": ", ".join(f"`{source}`" for source in _sources(arguments)),
         "steps": str(last["step"]),
         "images_per_second": f"{last['images_per_second']:.1f}",
         "batch_size": str(arguments["batch_size"]),
-        "patches_per_image": str(arguments["patches_per_image"]),
         "learning_rate": f"{arguments['learning_rate']:g}",
         "num_epochs": str(arguments["num_epochs"]),
         "seed": str(arguments["seed"]),
@@ -179,8 +202,13 @@ def _metrics(results: dict[str, dict[str, Any]]) -> list[EvalResult]:
     """Agreement with exact, and the fidelity of the maps under each removal operator, of each task."""
     metrics = []
     for task, report in results.items():
-        values = [("spearmanr", "median Spearman with exact", report["summary"]["median_spearman"])]
-        for removal, rows in report["summary"]["fidelity"].items():
+        summary = report["summary"]
+        values = []
+        if "median_spearman" in summary:
+            values.append(("spearmanr", "median Spearman with exact", summary["median_spearman"]))
+        if "median_r2" in summary:
+            values.append(("r2", "median R2 of the predicted class's logit under masking", summary["median_r2"]))
+        for removal, rows in summary["fidelity"].items():
             name = f"Fidelity+ AUC less Fidelity- AUC, removed pixels: {removal}"
             values.append((f"fidelity_gap_{removal}", name, rows["tve"]["gap"][0]))
         metrics += [
@@ -193,6 +221,7 @@ def _metrics(results: dict[str, dict[str, Any]]) -> list[EvalResult]:
 # How a checkpoint is described, by its model_type and whether there are results: template, values, tags for the Hub.
 _KINDS: dict[str, tuple[str, Any, list[str]]] = {
     "tve": ("explainer.md", _explainer_values, [TAG, "explainability", "transferable-attribution"]),
+    "tve random": ("random.md", _random_values, [TAG, "explainability", "transferable-attribution"]),
     "tve alone": ("pretrained.md", _pretrained_values, [TAG, "explainability", "transferable-attribution"]),
 }
 _CLASSIFIER = ("classifier.md", _classifier_values, [TAG])
@@ -215,6 +244,8 @@ def render_card(
     """
     config = read_json(folder / "config.json")
     kind = config["model_type"] if results else f"{config['model_type']} alone"
+    if results and config.get("backgrounds") == "random":
+        kind = f"{kind} random"
     template, values_of, tags = _KINDS.get(kind, _CLASSIFIER)
     reports = {task_of(path): read_json(report_file(path)) for path in results}
     if len(reports) < len(results):

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..attribution import DEFAULT_RULE, transfer
+from ..attribution import rule_of, transfer
 from ..classifiers import SplitClassifier
 from ..modeling_tve import TVEExplainer
+from ..refinement import Refinement
 from ._fitting import fitted
 
 
@@ -16,13 +17,15 @@ def explain(
     class_idx: Tensor,
     grid_size: tuple[int, int],
     explainer: TVEExplainer,
-    rule: str = DEFAULT_RULE,
+    rule: str | None = None,
+    refine: int = 0,
 ) -> Tensor:
     """Scores of the explainer, on its own grid.
 
     Args:
         explainer: pre-trained for the classifier's backbone; it reads the feature maps that its config names.
-        rule: how embeddings become scores, a key of `attribution.RULES`.
+        rule: how embeddings become scores, a key of `attribution.RULES`; by default the explainer's own.
+        refine: masked passes of the classifier that correct the map, for explainers of random backgrounds.
 
     Returns:
         Signed scores (B, rows, cols), in the units of the rule.
@@ -32,6 +35,11 @@ def explain(
     """
     seen = fitted(explainer, classifier, pixel_values, grid_size)(pixel_values)
     predicted = explainer(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
-    hops = explainer.config.hops
-    scores = transfer(predicted.kept, predicted.removed, classifier, class_idx, rule, grid_size, hops)
+    config, pair = explainer.config, (predicted.kept, predicted.removed)
+    rule = rule or rule_of(config)
+    scores = transfer(*pair, classifier, class_idx, rule, grid_size, config.hops)
+    if refine:
+        scores = scores + Refinement(classifier, pixel_values, *pair, config, refine).correction(
+            classifier, class_idx, rule
+        )
     return scores.unflatten(1, grid_size)
