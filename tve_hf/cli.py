@@ -72,7 +72,8 @@ def explain(arguments: list[str]) -> int:
         help='what they are put in; default "This is a photo of {}."',
     )
     parser.add_argument("--top-k", type=int, help="explain the k most probable classes")
-    parser.add_argument("--verify", type=int, metavar="N", help="compare with exact scores on N random patches")
+    parser.add_argument("--verify", type=int, metavar="N", help="compare with N random patches, or masked passes")
+    parser.add_argument("--refine", type=int, metavar="N", help="correct the map by N masked passes")
     parser.add_argument("--output", type=Path, default=Path("explanations"), metavar="DIR", help="where results go")
     parser.add_argument("--json", action="store_true", help="print one JSON line for each image instead of text")
     args = parser.parse_args(arguments)
@@ -85,6 +86,7 @@ def explain(arguments: list[str]) -> int:
         "label": args.label,
         "top_k": args.top_k,
         "verify": args.verify,
+        "refine": args.refine,
         "candidate_labels": args.candidate_labels,
         "hypothesis_template": args.hypothesis_template,
     }
@@ -112,15 +114,22 @@ def explain(arguments: list[str]) -> int:
                 f"{name}: {result['label']} ({result['score']:.1%}) -> {result['overlay']} [rule {result['rule']}]"
             )
             if "verification" in result:
-                checked = result["verification"]
-                tqdm.write(
-                    f"  against the exact scores of {checked['num_patches']} patches: "
-                    f"Spearman {checked['spearman']:.2f}"
-                )
+                tqdm.write(_verified(result))
     if not args.json:
         work = time.perf_counter() - start
         print(f"{len(images) - failed} of {len(images)} images in {work:.2f} s, loading the models included")
     return 1 if failed else 0
+
+
+def _verified(result: dict[str, Any]) -> str:
+    """What the verification of an explanation says, for people."""
+    checked = result["verification"]
+    if "r2" in checked:
+        low, high = checked["r2_interval"]
+        return (
+            f"  accounts for {checked['r2']:.0%} ({low:.0%} to {high:.0%}) of what masking does to {result['label']!r}"
+        )
+    return f"  against the exact scores of {checked['num_patches']} patches: Spearman {checked['spearman']:.2f}"
 
 
 def _pipeline(model: str | None, classifier: str | None, options: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .attribution import RULES, evidence_of
 from .classifiers import SplitClassifier
-from .coalitions import Coalitions
+from .coalitions import Coalitions, check_number
 from .patches import GridSize, grid_of
 from .verification import pearson
 
@@ -73,8 +73,7 @@ def faithfulness(
     Raises:
         ValueError: If there are fewer than 8 coalitions or an odd number, or they do not fit the grid.
     """
-    if num_coalitions < 8:
-        raise ValueError(f"verify is {num_coalitions}; a correlation needs 8 coalitions at least, better 64.")
+    check_coalitions(num_coalitions)
     grid = grid_of(scores.shape[-1], grid_size)
     how = Coalitions(coalitions) if isinstance(coalitions, str) else coalitions
     keep = how.draw(1, num_coalitions, grid, torch.Generator().manual_seed(1))[0].to(scores.device)  # (n, N)
@@ -103,3 +102,10 @@ def faithfulness(
 def r_squared(foretold: Tensor, true: Tensor) -> Tensor:
     """1 - variance of (true - foretold) / variance of true, over the last dimension, (..., n) -> (...)."""
     return 1 - (true - foretold).var(-1) / true.var(-1).clamp(min=1e-12)
+
+
+def check_coalitions(number: int) -> None:
+    """Raise ValueError unless so many coalitions make pairs, and enough of them for a correlation."""
+    if number < 8:
+        raise ValueError(f"verify is {number}; a correlation needs 8 coalitions at least, better 64.")
+    check_number(number, "verify")

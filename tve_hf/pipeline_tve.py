@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, BaseImageProcessor, Pipeline, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .attribution import DEFAULT_RULE, rule_named, transfer
+from .attribution import rule_named, rule_of, transfer
 from .classifiers import SplitClassifier, split_classifier
 from .classifiers.wrapped import is_dispatched
 from .compatibility import find, fit
+from .faithfulness import check_coalitions, faithfulness
 from .geometry import seen_region
 from .images import TIMEOUT, images_of, load_image
+from .refinement import Refinement, check_refinement
 from .released import DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER, EXPLAINERS
 from .verification import verify
 from .visualization import Region, heatmap, overlay
@@ -82,7 +84,8 @@ class TransferableAttributionPipeline(Pipeline):
     - **rule**: the rule of `tve_hf.attribution.RULES` that made it;
     - **heatmap**: the map drawn on the image's geometry, a float32 array (H, W) in [0, 1];
     - **overlay**: a PIL picture of the image's size;
-    - **verification**: with `verify=n`, predicted against exact scores on n random patches.
+    - **verification**: with `verify=n`, predicted against exact scores on n random patches; or, for explainers of
+      random backgrounds, `r2` and `pearson` of predicted against true logits of n random coalitions.
     """
 
     _load_processor = False
@@ -134,6 +137,7 @@ class TransferableAttributionPipeline(Pipeline):
         label: str | Sequence[str] | None = None,
         rule: str | None = None,
         verify: int | None = None,
+        refine: int | None = None,
         timeout: float | None = None,
         candidate_labels: Sequence[str] | None = None,
         hypothesis_template: str | Sequence[str] | None = None,
@@ -165,7 +169,12 @@ class TransferableAttributionPipeline(Pipeline):
         if verify is not None:
             if verify < 1:
                 raise ValueError(f"verify is {verify}; give the number of patches to compare, for example 16.")
+            if self.model.config.backgrounds == "random":
+                check_coalitions(verify)
             forward["num_verified"] = verify
+        if refine is not None:
+            check_refinement(self.model.config, refine)
+            forward["refine"] = refine
         return preprocess, forward, {}
 
     def _index_of(self, asked: int | str, classifier: SplitClassifier) -> int:
@@ -208,7 +217,9 @@ class TransferableAttributionPipeline(Pipeline):
             class_idx: explain this class or these classes instead.
             label: explain the class or classes of this name.
             rule: how embeddings become scores, a key of `tve_hf.attribution.RULES`.
-            verify: also compare with exact scores on this many random patches: two masked passes each.
+            verify: also compare with exact scores on this many random patches, two masked passes each; for explainers
+                of random backgrounds, with what this many random coalitions do to the logit, a masked pass each.
+            refine: masked passes of the classifier that correct the map, for explainers of random backgrounds.
             timeout: seconds to wait for each step of a download; 10 by default.
             candidate_labels, hypothesis_template: other prompts for a zero-shot classifier, in this call.
             batch_size, num_workers: as in every pipeline.
@@ -243,8 +254,9 @@ class TransferableAttributionPipeline(Pipeline):
         model_inputs: dict[str, Any],
         top_k: int = 1,
         classes: list[int | str] | None = None,
-        rule: str = DEFAULT_RULE,
+        rule: str | None = None,
         num_verified: int | None = None,
+        refine: int | None = None,
         classifier: SplitClassifier | None = None,
     ) -> ModelOutput:
         classifier = classifier or self.classifier
@@ -261,16 +273,22 @@ class TransferableAttributionPipeline(Pipeline):
         else:
             indices = [self._index_of(asked, classifier) for asked in classes]
             class_idx = torch.tensor(indices, device=log_prob.device).expand(len(log_prob), -1)
-        scores = transfer(
-            predicted.kept, predicted.removed, classifier, class_idx, rule, config.grid_size, config.hops
-        )
-        verifications = None
-        if num_verified is not None:
+        pair, rule = (predicted.kept, predicted.removed), rule or rule_of(config)
+        refinement = Refinement(classifier, pixel_values, *pair, config, refine, **inputs) if refine else None
+
+        def scores_of(name: str) -> Tensor:  # (B, K, N)
+            scores = transfer(*pair, classifier, class_idx, name, config.grid_size, config.hops)
+            return scores if refinement is None else scores + refinement.correction(classifier, class_idx, name)
+
+        scores, verifications = scores_of(rule), None
+        if num_verified is not None and config.backgrounds == "random":
+            asked = num_verified, config.distribution, config.grid_size
+            verifications = faithfulness(classifier, pixel_values, scores_of("logit"), class_idx, *asked, **inputs)
+        elif num_verified is not None:
             verifications = verify(
                 classifier,
                 pixel_values,
-                predicted.kept,
-                predicted.removed,
+                *pair,
                 class_idx,
                 num_patches=num_verified,
                 rule=rule,
