@@ -324,7 +324,7 @@ def test_a_budget_leaves_out_what_cannot_serve_and_says_why(settings, tmp_path):
     alone = settings | {"classifier": str(tmp_path / "cnn"), "model": None, "grid_size": GRID, "num_images": 1}
     budgets = alone | {"methods": ["paper", "fair"], "output_dir": str(tmp_path / "report")}
     report = evaluate(EvaluateArguments(**budgets))
-    attention = {"raw_attention", "rollout", "attention_cam", "chefer_cam", "legrad", "text_span"}
+    attention = {"raw_attention", "rollout", "attention_cam", "chefer_cam", "legrad", "libragrad", "text_span"}
     assert set(report["refused"]) == attention
     served = set(report["summary"]["fidelity"]["zero"])
     assert served == {spec for name in ("paper", "fair") for spec in benchmark.BUDGETS[name]} - attention

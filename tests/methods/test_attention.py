@@ -20,7 +20,8 @@ CLASS_IDX = torch.tensor([1, 3])
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 PATCHES = {"image_size": 32, "patch_size": 8}
 LRP = ["partial_lrp", "transformer_attribution"]
-ATTENTION_METHODS = ["raw_attention", "rollout", "attention_cam", "chefer_cam", "legrad", "text_span", *LRP]
+READ_EVERY_BLOCK = ["rollout", "chefer_cam", "legrad", "libragrad", "text_span"]
+ATTENTION_METHODS = ["raw_attention", "attention_cam", *READ_EVERY_BLOCK, *LRP]
 
 
 class Cosine(nn.Module):
@@ -398,7 +399,7 @@ def test_torch_blocks_of_multihead_attention_are_read(fitted, processor_of, imag
     torch.testing.assert_close(scores, (steps[1] @ steps[0]).mean(1).view(2, 4, 4))
 
 
-@pytest.mark.parametrize("method", ["attention_cam", "chefer_cam", "legrad", "text_span", "grad_cam", *LRP])
+@pytest.mark.parametrize("method", ["attention_cam", *READ_EVERY_BLOCK[1:], "grad_cam", *LRP])
 def test_inference_mode_is_refused(classifier_of, images, method) -> None:
     classifier, pixel_values = classifier_of("vit"), images(2, 32)
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode.* rules out; use torch.no_grad"):
@@ -445,7 +446,7 @@ def test_swin_shows_the_window_of_its_last_stage(shared_model, build, images) ->
     assert (cam.flatten(1).std(1) > 0).all()
 
 
-@pytest.mark.parametrize("method", ["rollout", "chefer_cam", "legrad", "text_span", "transformer_attribution"])
+@pytest.mark.parametrize("method", [*READ_EVERY_BLOCK, "transformer_attribution"])
 def test_methods_that_read_every_block_refuse_windows(shared_model, images, method) -> None:
     with pytest.raises(ValueError, match="in every block, which this method reads; use another"):
         methods.explain(method, split_classifier(shared_model("swin")), images(2, 64), CLASS_IDX, 2)

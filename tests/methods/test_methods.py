@@ -49,7 +49,7 @@ def _options(name: str, classifier: SplitClassifier, randomized) -> dict:
 
 
 # What each architecture has no use for; that it is refused is tested beside each method.
-ATTENTION = {"raw_attention", "rollout", "attention_cam", "chefer_cam", "legrad", "text_span"}
+ATTENTION = {"raw_attention", "rollout", "attention_cam", "chefer_cam", "legrad", "libragrad", "text_span"}
 ATTENTION |= {"partial_lrp", "transformer_attribution"}
 REFUSED = {(name, "cnn") for name in ATTENTION} | {("deep_lift", "vit")}
 

@@ -30,7 +30,7 @@ AGREEMENT = ("spearman", "pearson", "kept_error", "removed_error", "epsilon", "b
 # Every method that serves a classifier without training, and those that draw samples with as many as the TVE paper
 # gave them, and with as many as they need to be worth comparing.
 _ANY = ["random", "centre", "raw_attention", "rollout", "grad_cam", "attention_cam", "chefer_cam", "legrad"]
-_ANY += ["text_span", "saliency", "ig", "grad_shap", "deep_lift", "occlusion", "exact"]
+_ANY += ["libragrad", "text_span", "saliency", "ig", "grad_shap", "deep_lift", "occlusion", "exact"]
 BUDGETS: dict[str, list[str]] = {
     "paper": [*_ANY, "rise@50", "lime@25", "kernel_shap@25"],
     "fair": [*_ANY, "rise@400", "lime@400", "kernel_shap@400"],

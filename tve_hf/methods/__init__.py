@@ -29,6 +29,7 @@ _METHODS = {
     "partial_lrp": ".partial_lrp",
     "transformer_attribution": ".transformer_attribution",
     "legrad": ".legrad",
+    "libragrad": ".libragrad",
     "text_span": ".text_span",
     "grad_cam": ".grad_cam",
     "rise": ".rise",
