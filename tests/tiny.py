@@ -40,10 +40,10 @@ def save_classifier(folder: Path, seed: int = 0, processor: BaseImageProcessor |
     return folder
 
 
-def make_explainer(classifier: SplitClassifier) -> TVEExplainer:
+def make_explainer(classifier: SplitClassifier, **settings: Any) -> TVEExplainer:
     """Make an explainer for this classifier whose maps are not constant."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    config = config_for(classifier, grid_size=GRID, hops=HOPS, **sizes)
+    config = config_for(classifier, grid_size=GRID, hops=HOPS, **sizes, **settings)
     torch.manual_seed(1)
     explainer = TVEExplainer(config).eval()
     with torch.no_grad():

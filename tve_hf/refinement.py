@@ -2,14 +2,14 @@
 
 An explainer of random backgrounds foretells G(S) of every coalition S, and so the evidence v(S) of a class that a head
 finds in it. Of n coalitions the true v(S) is computed, and what the prediction misses, r = v - v_hat, is shared out
-over the patches:
+over the patches: the correction of the scores is the delta of
 
-    correction = X^T (X X^T + N / 4 + strength I)^-1 r,        X = 1[z in S] - p, (n, N).
+    minimise over delta, b:   |r - b - X delta|^2 / strength + |delta|^2 + b^2 / (N / 4),        X = 1[z in S] - p.
 
 This is the mean of a Gaussian posterior. The errors of all scores are equally uncertain, a pass is `strength` times as
-noisy as one of them, and the error that all coalitions share is as uncertain as the sum over the patches of one (N / 4
-is added to every entry). Without passes the map stays as it is; with many the prediction no longer counts, and the
-scores are those of least squares.
+noisy as one of them, and the error b that all coalitions share is as uncertain as a sum over the patches of one.
+Without passes the map stays as it is; with many the prediction no longer counts, and the scores are those of least
+squares.
 
 Shapes: B images, n coalitions, N patches, K classes of each image, D = embedding_dim.
 """
@@ -68,9 +68,12 @@ class Refinement:
         )  # (B, n, D)
         phi, base = phi_and_base(kept, removed, config.distribution.keep_prob)
         self.predicted = embedding_of(masks, phi, base, how.keep_prob)  # (B, n, D)
-        design = keep.double() - how.keep_prob
-        kernel = design @ design.T + design.shape[1] / 4 + config.refine_strength * torch.eye(num_samples)
-        self.share = torch.linalg.solve(kernel, design).to(kept.device, torch.float32)  # (n, N)
+        design = torch.cat([torch.ones(num_samples, 1), keep.float() - how.keep_prob], dim=1).double()  # (n, 1 + N)
+        precision = torch.ones(design.shape[1], dtype=torch.float64)
+        precision[0] = 4 / keep.shape[1]
+        normal = design.T @ design / config.refine_strength + precision.diag()
+        share = torch.linalg.solve(normal, design.T / config.refine_strength)[1:]  # (N, n)
+        self.share = share.T.to(kept.device, torch.float32)
 
     @torch.no_grad()
     def correction(self, classifier: SplitClassifier, class_idx: Tensor, rule: str) -> Tensor:
