@@ -10,6 +10,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .coalitions import Coalitions
 
+CoalitionName = Literal["smooth", "independent", "uniform", "shapley"]  # the keys of `coalitions.COALITIONS`
 # Far more than any model has: building millions of layers from a few bytes of JSON would take hours, and the sizes of
 # wider ones cannot be counted in 64 bits.
 _MAX_LAYERS, _MAX_SIZE = 1000, 2**20
@@ -167,11 +168,11 @@ class TVEConfig(BackboneReaderConfig):
     hops: int = 2
 
     backgrounds: Literal["antithetical", "random"] = "antithetical"
-    coalitions: Literal["smooth", "independent", "uniform", "shapley"] = "smooth"
+    coalitions: CoalitionName = "smooth"
     coalition_prob: float = 0.5
     coalition_scale: float = 0.7
     label_removals: list[str] = field(default_factory=lambda: ["zero"])
-    refine_coalitions: Literal["smooth", "independent", "uniform", "shapley"] = "independent"
+    refine_coalitions: CoalitionName = "independent"
     refine_strength: float = 5.0
     rule: str | None = None
 

@@ -68,21 +68,21 @@ class Refinement:
         )  # (B, n, D)
         phi, base = phi_and_base(kept, removed, config.distribution.keep_prob)
         self.predicted = embedding_of(masks, phi, base, how.keep_prob)  # (B, n, D)
-        design = torch.cat([torch.ones(num_samples, 1), keep.float() - how.keep_prob], dim=1).double()  # (n, 1 + N)
-        precision = torch.ones(design.shape[1], dtype=torch.float64)
-        precision[0] = 4 / keep.shape[1]
-        normal = design.T @ design / config.refine_strength + precision.diag()
-        share = torch.linalg.solve(normal, design.T / config.refine_strength)[1:]  # (N, n)
-        self.share = share.T.to(kept.device, torch.float32)
+        self.design = torch.cat(
+            [torch.ones(num_samples, 1), keep.float() - how.keep_prob], dim=1
+        ).double()  # (n, 1 + N)
 
     @torch.no_grad()
-    def correction(self, classifier: SplitClassifier, class_idx: Tensor, rule: str) -> Tensor:
+    def correction(
+        self, classifier: SplitClassifier, class_idx: Tensor, rule: str, strength: float | None = None
+    ) -> Tensor:
         """What the passes add to the scores that `transfer` gives, (B, K, N); or (B, N) for one class of each image.
 
         Args:
             classifier: whose head is asked, on the same backbone.
             class_idx: classes, (B, K) or (B,) int64.
             rule: key of `attribution.RULES`.
+            strength: how noisy a pass is, in units of the uncertainty of a score; that of the config if None.
 
         Raises:
             ValueError: If the rule scales its maps, or reads removed alone.
@@ -94,10 +94,18 @@ class Refinement:
             )
         classes = class_idx if class_idx.ndim == 2 else class_idx.unsqueeze(1)
         true, foretold = (evidence_of(how, e, classifier, classes) for e in (self.embeddings, self.predicted))
-        added = (true - foretold) @ self.share  # (B, K, N)
+        share = self._share(strength or self.config.refine_strength)
+        added = (true - foretold) @ share.to(true)  # (B, K, N)
         if how.averaged:
             added = average_over_neighborhoods(added, self.config.grid_shape, self.config.hops)
         return added if class_idx.ndim == 2 else added.squeeze(1)
+
+    def _share(self, strength: float) -> Tensor:
+        """What each pass's residual adds to each score, (n, N)."""
+        precision = torch.ones(self.design.shape[1], dtype=torch.float64)
+        precision[0] = 4 / (self.design.shape[1] - 1)
+        normal = self.design.T @ self.design / strength + precision.diag()
+        return torch.linalg.solve(normal, self.design.T / strength)[1:].T
 
 
 def check_refinement(config: TVEConfig, num_samples: int) -> None:

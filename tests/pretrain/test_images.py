@@ -8,12 +8,14 @@ import tarfile
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.stats import chisquare, kstest
 from tiny import SIDE, noise_image, save_classifier, save_noise
 from transformers import ViTImageProcessorPil
 
 from tve_hf import split_classifier
+from tve_hf.benchmark.run import EvaluateArguments, _images
 from tve_hf.pretrain import PretrainArguments
 from tve_hf.pretrain.images import Images, draw_images, first_images, open_images, random_crop, read_image
 
@@ -212,3 +214,15 @@ def test_files_whose_other_columns_differ_are_read_one_after_the_other(tmp_path)
     assert images.data.column_names == ["image"]
     alone = open_images(PretrainArguments("", ""), files[1:], "train", streaming=False)
     assert images.data[2] == alone.data[0]
+
+
+def test_held_out_images_are_not_those_of_an_evaluation(tmp_path):
+    """Of one set and with one seed, as long as it has enough images for both."""
+    save_noise(tmp_path / "noise.parquet", 9)
+    classifier = split_classifier(save_classifier(tmp_path / "classifier"))
+    images = open_images(PretrainArguments("", ""), [str(tmp_path / "noise.parquet")], "train", streaming=False)
+    arguments = EvaluateArguments("", [str(tmp_path / "noise.parquet")], "", num_images=5, seed=3)
+    judged, column, _ = _images(arguments)
+    ours = draw_images(images, classifier, 4, seed=3, buffer_size=1)
+    theirs = first_images(Images(judged, column, "", 5), classifier, 5)
+    assert len({image.numpy().tobytes() for image in torch.cat([ours, theirs])}) == 9

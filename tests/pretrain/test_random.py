@@ -70,7 +70,7 @@ def test_first_loss_by_hand(settings, tmp_path, normalized, cached):
     squares = (labels - between[:, None]).square().double().numpy()
     weights = np.ones(squares.shape[-1])
     if normalized:  # by the variance within an image, of images drawn by the seed
-        chosen = torch.randperm(NUM_IMAGES, generator=torch.Generator().manual_seed(3)).tolist()
+        chosen = torch.randperm(NUM_IMAGES, generator=torch.Generator().manual_seed(3)).flip(0).tolist()
         measured = processor([noise_image(number) for number in chosen], return_tensors="pt")["pixel_values"]
         variances = embedded(step, measured).double().numpy().var(1, ddof=1).mean(0)
         weights = 1 / np.maximum(variances, variances.mean() / 100) / len(variances)
@@ -92,6 +92,25 @@ def test_every_distribution_leaves_an_explainer_that_explains(settings, tmp_path
     assert saved.config.label_removals == ["zero", "mean"]
     explain = pipeline("transferable-attribution", model=str(tmp_path / "run"), classifier=settings["classifier"])
     assert np.isfinite(explain(noise_image(0))[0]["attribution"]).all()
+
+
+@pytest.mark.parametrize(("best", "choice"), [(1, ("independent", 3.0)), (7, ("smooth", 30.0))])
+def test_refinement_is_fitted_to_the_most_faithful_maps(settings, tmp_path, monkeypatch, best, choice):
+    """Two distributions, four strengths: the one after whose maps the held-out images' gap is the widest."""
+    settings |= {"validation_files": settings["train_files"], "validation_images": 2, "max_steps": 2}
+    maps = []
+
+    def gap(watch, scores):
+        maps.append(scores)
+        return float(len(maps) - calls_before == best + 1)
+
+    calls_before = 2  # the sampled maps, and the predicted ones of the only row of the log
+    monkeypatch.setattr(tve_hf.pretrain.held_out.HeldOut, "_gap", gap)
+    config = train(settings).config
+    assert len(maps) == calls_before + 8
+    assert (config.refine_coalitions, config.refine_strength) == choice
+    saved = AutoModel.from_pretrained(tmp_path / "run").config
+    assert (saved.refine_coalitions, saved.refine_strength) == choice
 
 
 @pytest.mark.parametrize(("cached", "killed_in_step"), [(True, 3), (True, 6), (False, 4)])

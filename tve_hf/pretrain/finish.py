@@ -10,6 +10,7 @@ from ..hub.model_card import render_card
 from ..hub.push import publish
 from ..modeling_tve import TVEExplainer
 from .checkpointing import UNFINISHED, save_checkpoint, writing
+from .held_out_coalitions import HeldOutCoalitions
 from .processes import end_together
 from .run import Run
 
@@ -38,8 +39,11 @@ def stop(run: Run, number: int) -> None:
 def finish(run: Run) -> TVEExplainer:
     """Write the explainer and what belongs to it; push it if that was asked for."""
     accelerator = run.accelerator
+    run.model.eval()
+    if isinstance(run.held_out, HeldOutCoalitions):
+        run.config.refine_coalitions, run.config.refine_strength = run.held_out.fit_refinement(run.model)
     weights = accelerator.get_state_dict(run.model)
-    explainer = accelerator.unwrap_model(run.model).eval()
+    explainer = accelerator.unwrap_model(run.model)
     if run.labels and accelerator.is_local_main_process:
         run.labels.path.unlink(missing_ok=True)
     if accelerator.is_main_process:

@@ -1,5 +1,6 @@
 """Watch an explainer of random backgrounds while it learns: how well it foretells held-out images' embeddings."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..additive import embedding_of, phi_and_base
-from ..attribution import of_class
+from ..attribution import of_class, rule_of, transfer
 from ..classifiers import SplitClassifier
-from ..configuration_tve import TVEConfig
+from ..configuration_tve import CoalitionName, TVEConfig
+from ..refinement import Refinement
 from ..sampling import sampled_meta_attribution
 from ..verification import pearson, spearman
 from .held_out import HeldOut
@@ -18,6 +20,8 @@ from .labels import embed_coalitions
 
 NUM_COALITIONS = 64  # of each image, to foretell
 NUM_SAMPLES = 256  # of the maps to compare with
+NUM_REFINED = 25  # masked passes, when the strength of refinement is chosen
+STRENGTHS = (1.0, 3.0, 10.0, 30.0)
 
 
 class HeldOutCoalitions(HeldOut):
@@ -68,6 +72,29 @@ class HeldOutCoalitions(HeldOut):
             "sampled_fidelity_gap": self.exact_gap,
         }
         return row, self._picture(scores)
+
+    @torch.no_grad()
+    def fit_refinement(self, explainer: Callable[..., Any]) -> tuple[CoalitionName, float]:
+        """Choose the coalitions and the strength with which `refine` makes the most faithful maps of these images.
+
+        Returns:
+            A key of `coalitions.COALITIONS` and a strength; see `refinement.py`.
+        """
+        output = explainer(
+            pixel_values=self.pixel_values, features=self.seen.features, embeddings=self.seen.embeddings
+        )
+        pair, rule = (output.kept, output.removed), rule_of(self.config)
+        scores = transfer(*pair, self.classifier, self.class_idx, rule, self.config.grid_size, self.config.hops)
+        gaps: dict[tuple[CoalitionName, float], float] = {}
+        names: list[CoalitionName] = ["independent", self.config.coalitions]
+        for name in dict.fromkeys(names):
+            config = copy.copy(self.config)
+            config.refine_coalitions = name
+            refinement = Refinement(self.classifier, self.pixel_values, *pair, config, NUM_REFINED)
+            for strength in STRENGTHS:
+                added = refinement.correction(self.classifier, self.class_idx, rule, strength)
+                gaps[name, strength] = self._gap(scores + added)
+        return max(gaps, key=lambda choice: gaps[choice])
 
     def _logits(self, embeddings: Tensor) -> Tensor:
         return of_class(self.classifier.head(embeddings.to(self.classifier.dtype)).float(), self.class_idx)

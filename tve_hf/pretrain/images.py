@@ -50,7 +50,9 @@ def draw_images(images: Images, classifier: SplitClassifier, number: int, seed: 
         ValueError: If none can be read.
     """
     if isinstance(images.data, Dataset):
-        order = torch.randperm(len(images.data), generator=torch.Generator().manual_seed(seed))
+        # From the end of the order whose beginning `tve-hf evaluate` takes, so that what these images decide is judged
+        # on others.
+        order = torch.randperm(len(images.data), generator=torch.Generator().manual_seed(seed)).flip(0)
         data = images.data.select(order.tolist())
     else:
         data = images.data.shuffle(seed=seed, buffer_size=buffer_size)
