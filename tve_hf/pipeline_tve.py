@@ -1,6 +1,5 @@
 """The transformers pipeline "transferable-attribution": images in, signed maps and pictures out."""
 
-import difflib
 import operator
 import os
 from collections.abc import Sequence
@@ -136,7 +135,7 @@ class TransferableAttributionPipeline(Pipeline):
             forward["classes"] = [operator.index(index) for index in np.atleast_1d(class_idx).tolist()]
         # Other prompts may come in a later call than the classes.
         for asked in (getattr(self, "_forward_params", {}) | forward).get("classes") or ():
-            self._index_of(asked, classifier)
+            classifier.class_index(asked)
         if forward.get("classes") == []:
             raise ValueError("No class was given; pass at least one as class_idx or label, or neither of them.")
         if rule is not None:
@@ -147,36 +146,6 @@ class TransferableAttributionPipeline(Pipeline):
                 raise ValueError(f"verify is {verify}; give the number of patches to compare, for example 16.")
             forward["num_verified"] = verify
         return preprocess, forward, {}
-
-    def _index_of(self, asked: int | str, classifier: SplitClassifier) -> int:
-        """Find a class by number, or in any case by its name or else by a comma-separated synonym in a name."""
-        if isinstance(asked, int):
-            if asked not in classifier.id2label:
-                raise ValueError(
-                    f"class_idx {asked} is not a class of {classifier.name}, which has {len(classifier.id2label)}, "
-                    "counted from 0."
-                )
-            return asked
-        wanted = asked.strip().lower()
-        names: dict[str, list[int]] = {}
-        synonyms: dict[str, list[int]] = {}
-        for index, name in classifier.id2label.items():
-            names.setdefault(name.strip().lower(), []).append(index)
-            for part in name.split(","):
-                synonyms.setdefault(part.strip().lower(), []).append(index)
-        found = names.get(wanted) or synonyms.get(wanted)
-        if not found:
-            known = names | synonyms
-            holding = [name for name in known if f" {wanted} " in f" {name} "]
-            near = list(dict.fromkeys(holding + difflib.get_close_matches(wanted, known, cutoff=0.5)))[:3]
-            hint = f"; did you mean {', '.join(repr(n) for n in near)}?" if near else "; see classifier.id2label."
-            raise ValueError(f"{asked!r} is not a class of {classifier.name}{hint}")
-        if len(found) > 1:
-            raise ValueError(
-                f"{asked!r} names the classes {', '.join(f'{i} ({classifier.id2label[i]})' for i in found)} of "
-                f"{classifier.name}; pass one of them as class_idx."
-            )
-        return found[0]
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Explain one image, or several.
@@ -239,7 +208,7 @@ class TransferableAttributionPipeline(Pipeline):
         if classes is None:
             class_idx = log_prob.topk(min(top_k, log_prob.shape[-1])).indices
         else:
-            indices = [self._index_of(asked, classifier) for asked in classes]
+            indices = [classifier.class_index(asked) for asked in classes]
             class_idx = torch.tensor(indices, device=log_prob.device).expand(len(log_prob), -1)
         scores = transfer(
             predicted.kept, predicted.removed, classifier, class_idx, rule, config.grid_size, config.hops
