@@ -103,8 +103,8 @@ def main() -> None:
     report["mean_share_of_best"] = {rule: round(sum(shares) / len(shares), 4) for rule, shares in ranks.items()}
     report["worst_share_of_best"] = {rule: round(min(shares), 4) for rule, shares in ranks.items()}
     # Scores are to be signed and in units, so that 0 means no support: a scaled map says only which patch is above the
-    # average of its own image.
-    signed = [rule for rule in RULES if RULES[rule].signed]
+    # average of its own image, and half a map has no zero.
+    signed = [name for name, rule in RULES.items() if rule.kept and not rule.standardized]
     report["winner"] = max(signed, key=report["mean_share_of_best"].get)
     print(json.dumps({key: report[key] for key in ("mean_share_of_best", "worst_share_of_best", "winner")}, indent=1))
     args.output_file.parent.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    parent, _, name = classifier.backbone.head_name.rpartition(".")
+    parent, _, name = classifier.backbone.head_names[0].rpartition(".")
     with torch.no_grad():
         head.weight.div_(std)
         head.bias.sub_(head.weight @ mean)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import fit_batch_statistics, randomize
+import torchvision_ops as torchvision_ops  # before transformers, which imports torchvision where there is one
+from tiny_models import fit_batch_statistics, randomize
 from torch import Tensor
 from tqdm import tqdm
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification

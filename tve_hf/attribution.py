@@ -33,11 +33,6 @@ class Rule:
     averaged: bool = False
     kept: bool = True
 
-    @property
-    def signed(self) -> bool:
-        """Whether scores have a unit, and those above 0 support the class: so it is with neither scaling nor half."""
-        return self.kept and not self.standardized
-
 
 def _log_prob(classifier: SplitClassifier, embeddings: Tensor) -> Tensor:
     return classifier.log_prob(embeddings)

@@ -13,7 +13,7 @@ from typing import Any
 
 from .files import dumps
 from .files import write_whole as _write
-from .messages import REPORT, is_expected, message, sentence
+from .messages import REPORT, is_expected, message, sentence, verified
 
 _AT_SIGN = "@"  # before the name of a file of arguments
 
@@ -114,22 +114,11 @@ def explain(arguments: list[str]) -> int:
                 f"{name}: {result['label']} ({result['score']:.1%}) -> {result['overlay']} [rule {result['rule']}]"
             )
             if "verification" in result:
-                tqdm.write(_verified(result))
+                tqdm.write(verified(result))
     if not args.json:
         work = time.perf_counter() - start
         print(f"{len(images) - failed} of {len(images)} images in {work:.2f} s, loading the models included")
     return 1 if failed else 0
-
-
-def _verified(result: dict[str, Any]) -> str:
-    """What the verification of an explanation says, for people."""
-    checked = result["verification"]
-    if "r2" in checked:
-        low, high = checked["r2_interval"]
-        return (
-            f"  accounts for {checked['r2']:.0%} ({low:.0%} to {high:.0%}) of what masking does to {result['label']!r}"
-        )
-    return f"  against the exact scores of {checked['num_patches']} patches: Spearman {checked['spearman']:.2f}"
 
 
 def _pipeline(model: str | None, classifier: str | None, options: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Heads H_t for a backbone that is already there: class prototypes, nearest neighbours, fitted estimators, functions.
+"""Heads H_t for a backbone that one has already: class prototypes, nearest neighbours, fitted estimators, functions.
 
 Each maps embeddings with any leading dimensions to logits, (..., D) -> (..., C), in float32 or better.
 """
@@ -6,14 +6,25 @@ Each maps embeddings with any leading dimensions to logits, (..., D) -> (..., C)
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .estimators import LEAST_PROBABILITY, EstimatorHead
+
+__all__ = [
+    "LEAST_PROBABILITY",
+    "METRICS",
+    "BinaryHead",
+    "EstimatorHead",
+    "NeighborsHead",
+    "PrototypeHead",
+    "RowsHead",
+    "as_head",
+    "try_head",
+]
+
 METRICS = ("cosine", "euclidean")
-# A probability of 0 counts as this much, or as the least of the row's other probabilities if that is less.
-LEAST_PROBABILITY = float(np.finfo(np.float32).eps)
 
 
 class PrototypeHead(nn.Module):
@@ -81,13 +92,14 @@ class NeighborsHead(nn.Module):
             raise ValueError(
                 f"k is {k}, but {len(embeddings)} embeddings are stored; choose k between 1 and {len(embeddings) - 1}."
             )
-        found = labels.unique().tolist()
-        if found != list(range(len(found))):
+        classes = labels.unique().tolist()
+        if classes != list(range(len(classes))):
             raise ValueError(
-                f"labels hold {_shortened(found)}; number the classes from 0 and store at least one embedding of each."
+                f"labels hold {_shortened(classes)}; number the classes from 0 and store at least one embedding of "
+                "each."
             )
         self.register_buffer("labels", labels.detach().long())
-        self.num_labels = len(found)
+        self.num_labels = len(classes)
         self.k = k
         self.metric = metric
 
@@ -104,91 +116,6 @@ class NeighborsHead(nn.Module):
         counts = votes.new_zeros(*votes.shape[:-1], self.num_labels)
         counts = counts.scatter_add(-1, self.labels[index[..., :-1]], votes)
         return ((counts + 1 / self.num_labels) / (self.k + 1)).log()
-
-
-class EstimatorHead(nn.Module):
-    """A fitted classifier of scikit-learn, or one with its methods, as a head.
-
-    Logits are its log-probabilities, or its decision values if it gives no log-probabilities, or else the logarithms
-    of its probabilities. A probability of exactly 0 counts as `LEAST_PROBABILITY`, or as the smallest other one of
-    the same embedding if that is less. For multi-label heads, logits are decision values or log-odds.
-
-    It computes in float64 on the CPU and passes on no gradients.
-
-    Args:
-        estimator: fitted on embeddings of the backbone; its `classes_` are the classes.
-        multi_label: whether it decides on each class by itself.
-
-    Raises:
-        ValueError: If it is no fitted classifier, or has several outputs.
-    """
-
-    def __init__(self, estimator: Any, multi_label: bool = False):
-        super().__init__()
-        self.estimator = estimator
-        self.multi_label = multi_label
-        self.name = type(estimator).__name__
-        methods = ("predict_log_proba", "decision_function", "predict_proba")[multi_label:]
-        method = next((name for name in methods if hasattr(estimator, name)), None)
-        if method is None:
-            raise ValueError(
-                f"{self.name} has none of {', '.join(methods)}, so it scores no classes; pass a classifier, not a "
-                "regressor."
-            )
-        self.method = method
-        classes = getattr(estimator, "classes_", None)
-        if classes is None:
-            raise ValueError(
-                f"{self.name} has no classes_: it is not fitted, or no classifier; call its fit(embeddings, labels) "
-                "with embeddings of this backbone."
-            )
-        if isinstance(classes, (list, tuple)):
-            raise ValueError(
-                f"{self.name} has {len(classes)} outputs; pass a classifier of one, or for multi_label=True one such "
-                "as OneVsRestClassifier that gives a column for each class."
-            )
-        self.id2label = {index: str(label) for index, label in enumerate(classes)}
-        if getattr(estimator, "multilabel_", False) and not multi_label:
-            raise ValueError(f"{self.name} was fitted on several labels for each image; pass multi_label=True.")
-
-    @property
-    def embedding_dim(self) -> int | None:
-        """D, where the estimator says."""
-        return getattr(self.estimator, "n_features_in_", None)
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        return _WithoutGradient.apply(embeddings, self._logits, self.name)
-
-    def _logits(self, embeddings: Tensor) -> Tensor:
-        rows = embeddings.detach().reshape(-1, embeddings.shape[-1]).to("cpu", torch.float64).numpy()
-        with np.errstate(divide="ignore"):  # zero probabilities
-            values = np.asarray(getattr(self.estimator, self.method)(rows), dtype=np.float64)
-        if values.ndim == 1:  # of the second of two classes
-            values = values[:, None] if self.multi_label else np.stack([np.zeros_like(values), values], 1)
-        if values.shape != (len(rows), len(self.id2label)):
-            raise ValueError(
-                f"{self.method} of {self.name} gives {values.shape[1:]} values for an embedding, but classes_ names "
-                f"{len(self.id2label)}; an SVC needs decision_function_shape='ovr'."
-            )
-        if self.method != "decision_function":
-            values = self._from_probabilities(values)
-        dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        return torch.from_numpy(values).to(embeddings.device, dtype).reshape(*embeddings.shape[:-1], -1)
-
-    def _from_probabilities(self, values: np.ndarray) -> np.ndarray:
-        if self.multi_label:
-            values = values.clip(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
-            return np.log(values) - np.log1p(-values)
-        with np.errstate(divide="ignore"):
-            values = values if self.method == "predict_log_proba" else np.log(values)
-        if np.abs(np.exp(values).sum(1) - 1).max() > 1e-3:
-            raise ValueError(
-                f"The probabilities of {self.name} do not sum to 1, so it decides on each class by itself; pass "
-                "multi_label=True."
-            )
-        zero = np.isneginf(values)
-        least = np.where(zero, 0, values).min(1, keepdims=True).clip(max=np.log(LEAST_PROBABILITY))
-        return np.where(zero, least, values)
 
 
 class BinaryHead(nn.Module):
@@ -261,9 +188,9 @@ def try_head(head: nn.Module, probe: Tensor) -> tuple[nn.Module, int]:
                 f"pass one made for this backbone, in {probe.dtype} on {probe.device}."
             ) from error
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(rows) or not logits.shape[1]:
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            returned = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
-                f"The head gives {found} for embeddings of shape {tuple(rows.shape)}; it must give logits of shape "
+                f"The head gives {returned} for embeddings of shape {tuple(rows.shape)}; it must give logits of shape "
                 f"({len(rows)}, classes)."
             )
         if logits.isnan().all(0).any():
@@ -277,19 +204,6 @@ def try_head(head: nn.Module, probe: Tensor) -> tuple[nn.Module, int]:
         except RuntimeError:  # such as batch normalisation, which takes the second dimension for channels
             same = False
     return (head if same else RowsHead(head)), logits.shape[1]
-
-
-class _WithoutGradient(torch.autograd.Function):
-    """A function of embeddings through which gradients are asked for in vain."""
-
-    @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, function: Callable[[Tensor], Tensor], name: str) -> Tensor:
-        ctx.name = name
-        return function(embeddings)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise ValueError(f"{ctx.name} passes on no gradients; choose a method that needs none.")
 
 
 def _points(points: Tensor, name: str, shape: str, metric: str) -> Tensor:

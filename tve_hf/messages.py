@@ -1,6 +1,10 @@
-"""What the command line says of an error: a sentence if the input is wrong, the traceback if the program is."""
+"""What the command line says of an error: a sentence if the input is wrong, the traceback if the program is.
+
+And of a verification.
+"""
 
 import traceback
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -45,3 +49,14 @@ def message(error: Exception, image: str = "") -> str:
         )
     missing = isinstance(error, ImportError) and _package(error) in _TRAIN
     return f"tve-hf: {about}{text}{'; run `pip install tve_hf[train]`.' if missing else ''}"
+
+
+def verified(result: dict[str, Any]) -> str:
+    """What the verification of an explanation says, for people."""
+    checked = result["verification"]
+    if "r2" in checked:
+        low, high = checked["r2_interval"]
+        return (
+            f"  accounts for {checked['r2']:.0%} ({low:.0%} to {high:.0%}) of what masking does to {result['label']!r}"
+        )
+    return f"  against the exact scores of {checked['num_patches']} patches: Spearman {checked['spearman']:.2f}"

@@ -68,6 +68,19 @@ def is_grid(rows: int, columns: int, height: int, width: int) -> bool:
     )
 
 
+def tiling_grid(num_cells: int, height: int, width: int) -> tuple[int, int] | None:
+    """Return the grid (rows, columns) of that many cells that tiles an image with the squarest ones, or None.
+
+    Unlike `token_grid`, which has to guess how many tokens are none of the grid, it also finds grids that are rounded
+    up: 3 x 4 cells of 16 pixels for an image of 33 x 64.
+    """
+    shorter = (num_cells * min(height, width) / max(height, width)) ** 0.5  # cells along the shorter side
+    sides = [side for side in {math.floor(shorter), math.ceil(shorter)} if side > 0 and num_cells % side == 0]
+    grids = [(side, num_cells // side) if height <= width else (num_cells // side, side) for side in sides]
+    grids = [grid for grid in grids if is_grid(*grid, height, width)]
+    return min(grids, key=lambda grid: abs(height * grid[1] - width * grid[0]), default=None)
+
+
 def token_grid(num_tokens: int, height: int, width: int) -> tuple[int, int, int] | None:
     """See a sequence as prefix tokens (class, distillation, registers) and a grid of patch tokens.
 

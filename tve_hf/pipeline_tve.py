@@ -1,7 +1,6 @@
 """The transformers pipeline "transferable-attribution": images in, signed maps and pictures out."""
 
 import copy
-import difflib
 import operator
 import os
 from collections.abc import Sequence
@@ -160,7 +159,7 @@ class TransferableAttributionPipeline(Pipeline):
             forward["classes"] = [operator.index(index) for index in np.atleast_1d(class_idx).tolist()]
         # Other prompts may come in a later call than the classes.
         for asked in (getattr(self, "_forward_params", {}) | forward).get("classes") or ():
-            self._index_of(asked, classifier)
+            classifier.class_index(asked)
         if forward.get("classes") == []:
             raise ValueError("No class was given; pass at least one as class_idx or label, or neither of them.")
         if rule is not None:
@@ -176,36 +175,6 @@ class TransferableAttributionPipeline(Pipeline):
             check_refinement(self.model.config, refine)
             forward["refine"] = refine
         return preprocess, forward, {}
-
-    def _index_of(self, asked: int | str, classifier: SplitClassifier) -> int:
-        """Find a class by number, or in any case by its name or else by a comma-separated synonym in a name."""
-        if isinstance(asked, int):
-            if asked not in classifier.id2label:
-                raise ValueError(
-                    f"class_idx {asked} is not a class of {classifier.name}, which has {len(classifier.id2label)}, "
-                    "counted from 0."
-                )
-            return asked
-        wanted = asked.strip().lower()
-        names: dict[str, list[int]] = {}
-        synonyms: dict[str, list[int]] = {}
-        for index, name in classifier.id2label.items():
-            names.setdefault(name.strip().lower(), []).append(index)
-            for part in name.split(","):
-                synonyms.setdefault(part.strip().lower(), []).append(index)
-        found = names.get(wanted) or synonyms.get(wanted)
-        if not found:
-            known = names | synonyms
-            holding = [name for name in known if f" {wanted} " in f" {name} "]
-            near = list(dict.fromkeys(holding + difflib.get_close_matches(wanted, known, cutoff=0.5)))[:3]
-            hint = f"; did you mean {', '.join(repr(n) for n in near)}?" if near else "; see classifier.id2label."
-            raise ValueError(f"{asked!r} is not a class of {classifier.name}{hint}")
-        if len(found) > 1:
-            raise ValueError(
-                f"{asked!r} names the classes {', '.join(f'{i} ({classifier.id2label[i]})' for i in found)} of "
-                f"{classifier.name}; pass one of them as class_idx."
-            )
-        return found[0]
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Explain one image, or several.
@@ -271,7 +240,7 @@ class TransferableAttributionPipeline(Pipeline):
         if classes is None:
             class_idx = log_prob.topk(min(top_k, log_prob.shape[-1])).indices
         else:
-            indices = [self._index_of(asked, classifier) for asked in classes]
+            indices = [classifier.class_index(asked) for asked in classes]
             class_idx = torch.tensor(indices, device=log_prob.device).expand(len(log_prob), -1)
         pair, rule = (predicted.kept, predicted.removed), rule or rule_of(config)
         refinement = Refinement(classifier, pixel_values, *pair, config, refine, **inputs) if refine else None
@@ -285,17 +254,8 @@ class TransferableAttributionPipeline(Pipeline):
             asked = num_verified, config.distribution, config.grid_size
             verifications = faithfulness(classifier, pixel_values, scores_of("logit"), class_idx, *asked, **inputs)
         elif num_verified is not None:
-            verifications = verify(
-                classifier,
-                pixel_values,
-                *pair,
-                class_idx,
-                num_patches=num_verified,
-                rule=rule,
-                grid_size=config.grid_size,
-                hops=config.hops,
-                **inputs,
-            )
+            how: Any = {"rule": rule, "grid_size": config.grid_size, "hops": config.hops, **inputs}
+            verifications = verify(classifier, pixel_values, *pair, class_idx, num_verified, **how)
         results = [
             {
                 "image": picture,

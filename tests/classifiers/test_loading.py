@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 from torch import nn
 
-from tve_hf import pretrained_cfg, split_classifier
+from tve_hf import split_classifier
+from tve_hf.classifiers import loading
 from tve_hf.classifiers.loading import id2label_from, image_processor_from, pretrained_cfg_of
 
 CFG = {"input_size": (3, 32, 32), "architecture": "tiny", "num_classes": 2, "label_names": ["cat", "dog"]}
@@ -28,7 +29,7 @@ def test_what_was_saved_comes_before_the_model_and_the_model_that_it_wraps() -> 
 
 
 def test_a_model_of_the_name_alone_is_split_without_timm(monkeypatch, build) -> None:
-    monkeypatch.setattr(pretrained_cfg, "is_timm_available", lambda: False)
+    monkeypatch.setattr(loading, "is_timm_available", lambda: False)
     assert image_processor_from(CFG) is None
     assert id2label_from(CFG, 2) is None
     model = build("cnn")

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from untouched import left_as_found
 
 from tve_hf import split_classifier
+from tve_hf.classifiers.search import differ
 
 
 class Stages(nn.Module):
@@ -111,3 +112,21 @@ def test_a_model_that_says_it_has_no_classes_is_refused(shared_model, build) -> 
     model.num_classes = 0
     with pytest.raises(ValueError, match=r"Cannot split TinyCNN: it has no head \(num_classes=0\)"):
         split_classifier(model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share", "tolerance", "expected"),
+    [
+        (torch.float32, 5e-6, 1e-5, False),
+        (torch.float32, 5e-5, 1e-5, True),
+        (torch.float32, 5e-5, 1e-4, False),
+        (torch.float64, 5e-5, 1e-5, True),
+        (torch.bfloat16, 5e-3, 1e-5, False),
+        (torch.bfloat16, 3e-2, 1e-4, True),
+    ],
+)
+def test_results_differ_by_more_than_rounding_of_the_largest(dtype, share, tolerance, expected) -> None:
+    theirs = torch.tensor([[-4.0, 1e-3]], dtype=dtype)
+    ours = torch.tensor([[-4.0 * (1 + share), 1e-3]], dtype=dtype)
+    assert differ(ours, theirs, tolerance) is expected
+    assert differ(theirs * float("nan"), theirs, tolerance)

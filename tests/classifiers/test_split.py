@@ -110,7 +110,7 @@ def test_the_model_is_left_as_found_after_an_error_inside(build, images, specs, 
     def fail(*_) -> None:
         raise RuntimeError("from the inside")
 
-    model.get_submodule(classifier.backbone.head_name).register_forward_pre_hook(fail)
+    model.get_submodule(classifier.backbone.head_names[0]).register_forward_pre_hook(fail)
     with left_as_found(model):
         with pytest.raises(RuntimeError, match="from the inside"):
             split_classifier(model)
@@ -133,7 +133,7 @@ def test_gradients_reach_the_image(shared_model, images, specs, architecture) ->
 def test_vit_by_hand(shared_model, images) -> None:
     model = shared_model("vit")
     classifier = split_classifier(model)
-    assert classifier.backbone.head_name == "classifier"
+    assert classifier.backbone.head_names == ("classifier",)
     assert classifier.head.module is model.classifier
     pixel_values = images(2, 32)
     out = classifier(pixel_values)
@@ -306,9 +306,6 @@ def test_heads_that_are_combined_or_pooled(randomized, processor_of, images, end
     with left_as_found(model):
         classifier = split_classifier(model, processor_of(3, 32, 32))
     assert classifier.backbone.head_names == names
-    if len(names) > 1:
-        with pytest.raises(ValueError, match=f"a sum over {names[0]}, {names[1]}; read head_names"):
-            _ = classifier.backbone.head_name
     assert scales is None or [part.scale for part in classifier.backbone.parts] == pytest.approx(scales, abs=1e-6)
     for side in (32, 48):
         if side == 48 and any(part.by_max for part in classifier.backbone.parts):

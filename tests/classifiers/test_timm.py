@@ -130,12 +130,28 @@ def test_models_without_logits_are_refused(settings, message) -> None:
         split_classifier(model)
 
 
-def test_a_model_of_another_size_than_its_configuration_says_raises_with_the_remedy() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1).eval()
-    with left_as_found(model), pytest.raises(AssertionError) as caught:
-        split_classifier(model)
-    assert "noise of shape (2, 3, 224, 224)" in caught.value.__notes__[0]
-    assert "image_processor=" in caught.value.__notes__[0]
+@pytest.mark.parametrize(
+    ("name", "size", "settings"),
+    [
+        ("vit_tiny_patch16_224", (64, 64), {"depth": 1}),
+        ("vit_tiny_patch16_224", (64, 96), {"depth": 1}),
+        ("swin_tiny_patch4_window7_224", (96, 96), {"depths": (1, 1, 1, 1)}),
+        ("levit_128s", (160, 160), {}),  # says its size nowhere
+        ("deit_tiny_patch16_224", (48, 48), {"depth": 1}),
+    ],
+)
+@torch.no_grad()
+def test_a_model_of_another_size_than_its_configuration_says_is_looked_at(name, size, settings) -> None:
+    model = timm.create_model(name, img_size=size, **settings).eval()
+    with pytest.raises((AssertionError, RuntimeError)):
+        model(noise(1, model.pretrained_cfg["input_size"][-1]))
+    with left_as_found(model):
+        classifier = split_classifier(model)
+    assert classifier.probe().shape == (2, 3, *size)
+    image = Image.new("RGB", (200, 150))
+    assert classifier.image_processor(images=image, return_tensors="pt")["pixel_values"].shape == (1, 3, *size)
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    assert relative_error(classifier.head(classifier.embed(x)), model(x)) <= 1e-5
 
 
 def test_labels_are_those_of_the_configuration() -> None:

@@ -138,6 +138,24 @@ def test_what_has_no_token_sequence_is_refused_in_a_sentence_and_left_as_found(b
         classifier.embed_masked(images(1, side), _keep(1, 1), 4, TOKEN_DROP)
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory; max_split_size_mb"), RuntimeError("CUDA error: unspecified")]
+)
+def test_a_failure_that_is_not_about_shapes_does_not_become_no_vision_transformer(build, images, error) -> None:
+    """Memory that runs out, say, once tokens are dropped: 17 tokens go through, fewer do not."""
+    model = build("vit")
+    classifier = split_classifier(model)
+
+    def fail(module: nn.Module, args: tuple) -> None:
+        if args[0].shape[1] < 17:
+            raise error
+
+    for layer in model.vit.layers:
+        layer.register_forward_pre_hook(fail)
+    with pytest.raises(type(error), match="CUDA"):
+        classifier.embed_masked(images(1, 32), _keep(1, 1), 4, TOKEN_DROP)
+
+
 def test_nothing_to_average_is_refused(shared_model, images) -> None:
     classifier = split_classifier(shared_model("dinov2"))
     with pytest.raises(ValueError, match="averages patch tokens, so an image without any has no embedding"):

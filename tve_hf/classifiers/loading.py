@@ -24,7 +24,8 @@ def load_classifier(
     Args:
         name: folder or repository; of an adapter, the model that it adapts is loaded with it.
         processor: used in the place of the model's own, if not None.
-        dtype: as for `from_pretrained`.
+        dtype: to load it in, a `torch.dtype` or its name; "auto" is the one that it was saved in.
+        trust_remote_code: whether it may run code from its repository.
 
     Returns:
         The model, its processor, and the names of weights that its files lack.
@@ -59,8 +60,8 @@ def pretrained_cfg_of(model: nn.Module) -> dict[str, Any]:
     The config comes first: it is what was saved with the weights.
     """
     owners = (getattr(model, "config", None), model, getattr(model, "base_model", None))
-    found = [getattr(owner, "pretrained_cfg", None) for owner in owners]
-    return next((cfg for cfg in found if isinstance(cfg, dict)), {})
+    configurations = [getattr(owner, "pretrained_cfg", None) for owner in owners]
+    return next((cfg for cfg in configurations if isinstance(cfg, dict)), {})
 
 
 def image_processor_from(pretrained_cfg: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """A split image classifier f = H_t o G: the two parts, and what is asked of them."""
 
-import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from ..fingerprint import fingerprint
 from ..heads import BinaryHead, as_head, try_head
-from ..patches import TOKEN_DROP, GridSize, dividing_grid, mask_patches
+from ..patches import TOKEN_DROP, GridSize, dividing_grid
+from .labels import check_names, find_class, names_by_class
+from .masking import embed_masked_images
 from .parts import Backbone, Head, SplitClassifierOutput
 from .prompts import PromptHead, TextTower, check_prompts, no_text_tower
 from .token_drop import embed_without_tokens
 from .tracing import probe_like
-from .wrapped import is_dispatched, named_weights, placement
+from .wrapped import full_name, is_dispatched, named_weights, placement
 
 
 class SplitClassifier(nn.Module):
@@ -52,7 +54,8 @@ class SplitClassifier(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return placement(self.backbone.model)[1]
+        tensors = chain(self.backbone.parameters(), self.backbone.buffers())
+        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
     @property
     def has_own_head(self) -> bool:
@@ -69,7 +72,7 @@ class SplitClassifier(nn.Module):
 
     def probe_inputs(self) -> dict[str, Tensor]:
         """Return the probe with all else that the classifier reads: `classifier(**classifier.probe_inputs())`."""
-        return probe_like(self.backbone.model, self.image_processor)
+        return probe_like(self.backbone.model, self.image_processor, image_size=self.backbone.image_size)
 
     def forward(self, pixel_values: Tensor, **inputs: Tensor) -> SplitClassifierOutput:
         """Run f once on (B, 3, H, W): logits (B, C), embeddings (B, D) and feature maps.
@@ -79,13 +82,18 @@ class SplitClassifier(nn.Module):
             inputs: what else the processor returns for them and the classifier reads, such as a mask of padding.
         """
         output = self.backbone(pixel_values, **inputs)
-        if not self.has_own_head:  # otherwise the pass has given its logits already
+        if not self.has_own_head:  # otherwise its logits are those of the pass
             output.logits = self.head(output.embeddings)
         return output
 
     def embed(self, pixel_values: Tensor, **inputs: Tensor) -> Tensor:
-        """Return G(x), (B, D); arguments as for `forward`."""
-        return self.backbone(pixel_values, **inputs).embeddings
+        """Return G(x), (B, D), without feature maps.
+
+        Args:
+            pixel_values: (B, 3, H, W), as the classifier's image processor makes them.
+            inputs: what else the processor returns for them and the classifier reads.
+        """
+        return self.backbone.embed(pixel_values, **inputs)
 
     @torch.no_grad()
     def default_grid(self, pixel_values: Tensor | None = None, **inputs: Tensor) -> tuple[int, int]:
@@ -96,7 +104,7 @@ class SplitClassifier(nn.Module):
 
         Args:
             pixel_values: images, (B, 3, H, W); of the classifier's own size if None.
-            inputs: as for `forward`.
+            inputs: what else the processor returns for them and the classifier reads.
 
         Raises:
             ValueError: If no grid divides the images, or images in rows of patches have different ones.
@@ -106,22 +114,20 @@ class SplitClassifier(nn.Module):
         if "spatial_shapes" in inputs:
             shapes = sorted({(rows, columns) for rows, columns in inputs["spatial_shapes"].tolist()})
             if len(shapes) > 1:
-                found = ", ".join(f"{rows} x {columns}" for rows, columns in shapes)
-                raise ValueError(f"The images have grids of {found} patches; explain those of one grid at a time.")
+                grids = ", ".join(f"{rows} x {columns}" for rows, columns in shapes)
+                raise ValueError(f"The images have grids of {grids} patches; explain those of one grid at a time.")
             return shapes[0]
         height, width = pixel_values.shape[-2:]
         first = {name: value[:1] for name, value in inputs.items()}
-        grids = {
-            (feature.shape[-2], feature.shape[-1]) for feature in self.backbone(pixel_values[:1], **first).features
-        }
-        if len(grids) == 1:  # the same through all depths: patch tokens; a CNN's maps shrink
-            ((rows, columns),) = grids
+        map_sizes = {tuple(feature.shape[-2:]) for feature in self.backbone(pixel_values[:1], **first).features}
+        if len(map_sizes) == 1:  # the same through all depths: patch tokens; a CNN's maps shrink
+            ((rows, columns),) = map_sizes
             if max(rows, columns) <= 16 and height % rows == 0 and width % columns == 0:
                 return rows, columns
         return dividing_grid(height, width)
 
     def images_per_pass(self, pixel_values: Tensor, chunk_size: int | None = None) -> int:
-        """Return how many masked images go through G at once, the bound on memory: `chunk_size`, if that is given.
+        """Return how many masked images go through G at once, the bound on memory: `chunk_size`, unless it is None.
 
         Else 128; but on a CPU no more than 2^20 pixels, 20 images of 224 x 224, whose activations stay in its caches
         and are not asked of the system anew for each layer: several times faster for a CNN.
@@ -145,11 +151,11 @@ class SplitClassifier(nn.Module):
         Args:
             pixel_values: (B, 3, H, W).
             keep: K sets of patches for each image, boolean (B, K, N).
-            grid_size: as for `patches.mask_patches`.
-            removal: as there; or `patches.TOKEN_DROP`, which takes the tokens of removed patches out of a vision
-                transformer's sequence, in passes of equally many tokens.
+            grid_size: of the N patches, a side or (rows, cols); it divides the image.
+            removal: what replaces removed pixels, a key of `patches.REMOVALS`; or `patches.TOKEN_DROP`, which takes
+                the tokens of removed patches out of a vision transformer's sequence, in passes of equally many tokens.
             chunk_size: as `images_per_pass` by default.
-            inputs: as for `forward`, one row for each image.
+            inputs: what else the classifier reads, one row for each image.
 
         Returns:
             Embeddings, (B, K, D).
@@ -157,22 +163,15 @@ class SplitClassifier(nn.Module):
         chunk_size = self.images_per_pass(pixel_values, chunk_size)
         if removal == TOKEN_DROP:
             return embed_without_tokens(self.backbone, pixel_values, keep, grid_size, chunk_size)
-        batch, num_masks = keep.shape[:2]
-        step = max(1, chunk_size // num_masks)
-        shapes = inputs.get("spatial_shapes")
-        embeddings = []
-        for start in range(0, batch, step):
-            some = slice(start, start + step)
-            rows = []
-            # As many masks of an image in each pass, so that none is nearly empty.
-            for masks in keep[some].to(pixel_values.device).chunk(math.ceil(num_masks / chunk_size), dim=1):
-                masked = mask_patches(
-                    pixel_values[some], masks, grid_size, removal, None if shapes is None else shapes[some]
-                ).flatten(0, 1)
-                others = {name: value[some].repeat_interleave(masks.shape[1], 0) for name, value in inputs.items()}
-                rows.append(self.embed(masked, **others).unflatten(0, masks.shape[:2]))
-            embeddings.append(torch.cat(rows, dim=1))
-        return torch.cat(embeddings)
+        return embed_masked_images(self.embed, pixel_values, keep, grid_size, removal, chunk_size, inputs)
+
+    def class_index(self, asked: int | str) -> int:
+        """Return the class of this number, or of this name or comma-separated synonym, in upper or lower case.
+
+        Raises:
+            ValueError: If it is no class, or the name of several; the message names the nearest, or all of them.
+        """
+        return find_class(asked, self.id2label, self.name)
 
     def check_classes(self, class_idx: Tensor, batch_size: int, several: bool = False) -> None:
         """Check that class_idx names a class of this head for each image, (B,); or K classes, (B, K), if `several`.
@@ -240,14 +239,11 @@ class SplitClassifier(nn.Module):
         module, num_labels = try_head(module, probe.to(self.device, self.dtype))
         if id2label is None:
             id2label = getattr(module, "id2label", None) or {i: f"LABEL_{i}" for i in range(num_labels)}
-        names = dict(id2label) if isinstance(id2label, dict) else dict(enumerate(id2label))
+        names = names_by_class(id2label)
         if num_labels == 1 and len(names) == 2:
             module, num_labels, multi_label = BinaryHead(module), 2, False
-        if len(names) != num_labels:
-            raise ValueError(f"id2label names {len(names)} classes, but the head gives {num_labels} logits.")
-        if set(names) != set(range(num_labels)):
-            raise ValueError(f"id2label has the keys {list(names)}; number the classes from 0 to {num_labels - 1}.")
-        return self._but(head=module, id2label=names, multi_label=multi_label or num_labels == 1)
+        check_names(names, num_labels)
+        return self._with(head=module, id2label=names, multi_label=multi_label or num_labels == 1)
 
     def with_prompts(
         self, candidate_labels: Sequence[str] | None = None, hypothesis_template: str | Sequence[str] | None = None
@@ -273,7 +269,7 @@ class SplitClassifier(nn.Module):
             hypothesis_template = before.templates
         labels, templates = check_prompts(candidate_labels, hypothesis_template)
         head = self.text.head(labels, templates)
-        return self._but(head=head, id2label=dict(enumerate(labels)), multi_label=self.text.sigmoid)
+        return self._with(head=head, id2label=dict(enumerate(labels)), multi_label=self.text.sigmoid)
 
     def reading(self, feature_names: tuple[str, ...]) -> "SplitClassifier":
         """Return this classifier with `features` read from these modules; backbone and head are shared, not copied.
@@ -281,22 +277,13 @@ class SplitClassifier(nn.Module):
         Raises:
             ValueError: If the classifier has no such module.
         """
-        found = tuple(self._module_name(name) for name in feature_names)
-        backbone = Backbone(self.backbone.model, self.backbone.parts, found, self.backbone.other_inputs)
-        return self._but(backbone=backbone)
+        names = tuple(full_name(self.backbone.model, name, self.name) for name in feature_names)
+        return self._with(backbone=self.backbone.reading(names))
 
-    def _but(self, **changes: Any) -> "SplitClassifier":
+    def _with(self, **changes: Any) -> "SplitClassifier":
         """This classifier with some parts replaced; the others are shared, not copied."""
         parts = ("backbone", "head", "embedding_dim", "id2label", "multi_label", "image_processor", "name", "text")
         return SplitClassifier(**({part: getattr(self, part) for part in parts} | changes))
-
-    def _module_name(self, name: str) -> str:
-        """Find a module by its name, or by its end where the model is in another, or compiled in parts."""
-        names = {other.replace("_orig_mod.", ""): other for other, _ in self.backbone.model.named_modules()}
-        found = [name] if name in names else [other for other in names if other.endswith(f".{name}")]
-        if len(found) != 1:
-            raise ValueError(f"{self.name} has no module {name!r} to read a feature map from; choose one it has.")
-        return names[found[0]]
 
     def fingerprint(self, full: bool = False) -> str:
         """Summarise the backbone's weights, head excluded; compare two with `tve_hf.fingerprint.match`.

@@ -18,7 +18,7 @@ class PromptHead(nn.Module):
     Args:
         text_embeddings: t, of unit length, (C, D), C = len(labels).
         scale, bias: the model's; no bias if None.
-        labels: the candidate labels as the user wrote them; none as long as no prompts are given.
+        labels: the candidate labels as the user wrote them; none until there are prompts.
         templates: the sentences that they were put in.
         name: of the model, for messages.
     """
@@ -169,7 +169,7 @@ def check_prompts(
 
 
 def no_text_tower(name: str) -> ValueError:
-    """The error for prompts that are given to an ordinary classifier."""
+    """The error for prompts to an ordinary classifier."""
     return ValueError(
         f"{name} takes no candidate_labels, for it has no text tower that can be run without an image; leave them "
         "out, or pass a zero-shot model such as CLIP or SigLIP."

@@ -2,14 +2,15 @@
 
 import inspect
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .tracing import Call, feature_in
+from .parts import HeadPart, MapLayout, find_layout
+from .tracing import Call
 from .wrapped import count_weights
 
 # Depths, as shares of the blocks that the trace saw, at which an explainer reads feature maps.
@@ -18,54 +19,23 @@ FEATURE_DEPTHS = (1 / 3, 2 / 3, 1.0)
 MAX_HEADS = 8
 
 
-def differ(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether logits differ by more than the rounding of their precision explains."""
-    tolerance = 1e-5 if theirs.dtype in (torch.float32, torch.float64) else 1e-2
+def differ(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> bool:
+    """Whether two results differ by more than rounding explains; one that is not a number differs from any.
+
+    Args:
+        ours, theirs: of one shape.
+        tolerance: of the largest difference, as a share of the largest of their values; in half precision it is 1e-2.
+    """
+    if theirs.dtype not in (torch.float32, torch.float64):
+        tolerance = 1e-2
     return not bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 
 
-@dataclass(frozen=True)
-class HeadPart:
-    """A module that gives the logits, or a fixed share of them, from a part of the embedding.
-
-    Args:
-        name: the module's.
-        pooled: axes of positions, over which the model takes the mean or maximum of the module's output. The mean is
-            taken of its input instead, which is the same for a linear module such as a 1 x 1 convolution; for a
-            maximum, the inputs at all positions are the embedding.
-        by_max: whether it is the maximum.
-        scale: the logits are the sum over all parts of scale * output.
-        start: where its input begins in the embedding; parts that are given the same share it.
-        input_shape: of that input for one image.
-    """
-
-    name: str
-    pooled: tuple[int, ...] = ()
-    by_max: bool = False
-    scale: float = 1.0
-    start: int = 0
-    input_shape: tuple[int, ...] = ()
-
-    @property
-    def stop(self) -> int:
-        return self.start + math.prod(self.input_shape)
-
-    def pool(self, output: Tensor) -> Tensor:
-        """The module's output with its positions pooled."""
-        if not self.pooled:
-            return output
-        return output.amax(self.pooled, keepdim=True) if self.by_max else output.mean(self.pooled, keepdim=True)
-
-    def read(self, given: Tensor) -> Tensor:
-        """What of the module's input is a part of the embedding."""
-        return given if self.by_max else self.pool(given)
-
-
 class Candidate(NamedTuple):
-    """A module that may be a head, what it was given, and the logits it would give, (B, C)."""
+    """A module that may be a head, what it reads, and the logits that it would give, (B, C)."""
 
     part: HeadPart
-    given: Tensor
+    input: Tensor
     logits: Tensor
 
 
@@ -79,16 +49,16 @@ def find_candidates(calls: list[Call], logits_shape: torch.Size, num_weights: in
         is_network = own == num_weights and any(True for _ in call.module.children())
         if not own or is_network:
             continue
-        shape, given = call.output.shape, call.given
+        shape, module_input = call.output.shape, call.input
         for axis in range(1, len(shape)):
             pooled = tuple(i for i in range(1, len(shape)) if i != axis and shape[i] > 1)
-            at_positions = given.ndim == len(shape) and all(given.shape[i] == shape[i] for i in pooled)
+            at_positions = module_input.ndim == len(shape) and all(module_input.shape[i] == shape[i] for i in pooled)
             if shape[0] == batch and shape[axis] == classes and (at_positions or not pooled):
                 for by_max in (False, True) if pooled else (False,):
                     part = HeadPart(call.name, pooled, by_max)
                     logits = part.pool(call.output).reshape(batch, classes)
                     if torch.isfinite(logits).all():
-                        candidates.append(Candidate(part, part.read(given), logits))
+                        candidates.append(Candidate(part, part.read(module_input), logits))
                 break
     return [
         outer
@@ -108,7 +78,7 @@ def weighted_sum(logits: Tensor, candidates: list[Candidate]) -> list[Candidate]
         last = candidates[-count:]
         shares = torch.stack([candidate.logits.double().cpu() for candidate in last], -1)  # (B, C, count)
         solution = torch.linalg.lstsq(shares.flatten(0, 1), wanted.flatten().unsqueeze(1)).solution.flatten()
-        # A weight that the model has as 1/2 is found as 0.4999999.
+        # For a weight that the model has as 1/2, least squares gives 0.4999999.
         simple = [float(Fraction(scale).limit_denominator(8)) for scale in solution.tolist()]
         for scales in (simple, solution.tolist()):
             if not differ((shares @ torch.tensor(scales, dtype=torch.float64)).to(logits.dtype), logits.cpu()):
@@ -136,24 +106,33 @@ def find_head(model: nn.Module, logits: Tensor, calls: list[Call]) -> list[HeadP
             "several of which they are a weighted sum; wrap it so that one nn.Linear or similar module gives them."
         )
     parts: list[HeadPart] = []
-    for i, (part, given, _) in enumerate(chosen):
-        same = [other for other, before in zip(parts, chosen[:i], strict=True) if torch.equal(before.given, given)]
+    for i, (part, read, _) in enumerate(chosen):
+        same = [other for other, before in zip(parts, chosen[:i], strict=True) if torch.equal(before.input, read)]
         start = same[0].start if same else max((other.stop for other in parts), default=0)
-        parts.append(replace(part, start=start, input_shape=tuple(given.shape[1:])))
+        parts.append(replace(part, start=start, input_shape=tuple(read.shape[1:])))
     return parts
 
 
-def find_features(calls: list[Call], before: str, pixel_values: Tensor) -> tuple[str, ...]:
-    """Choose the blocks, at fixed shares of the depth, whose outputs are feature maps."""
-    if pixel_values.ndim != 4:  # patches in a row, whose places in the image are not known
-        return ()
-    names = [c.name for c in calls]
-    calls = [c for c in calls[: names.index(before)] if names.count(c.name) == 1]
-    modules = {c.name: c.module for c in calls}
-    maps = [c.name for c in calls if feature_in(c.outputs, pixel_values) is not None]
+def find_layouts(calls: list[Call], pixel_values: Tensor) -> dict[str, MapLayout]:
+    """Find which modules give a feature map of the traced images, and how it lies in what they give.
+
+    Args:
+        calls: of a traced pass.
+        pixel_values: its images, (B, C, H, W). Of patches in a row the places in the image are not known: no layouts.
+    """
+    if pixel_values.ndim != 4:
+        return {}
+    layouts = ((call.name, find_layout(call.outputs, pixel_values)) for call in calls)
+    return {name: layout for name, layout in layouts if layout is not None}
+
+
+def find_features(calls: list[Call], head_name: str, layouts: dict[str, MapLayout]) -> tuple[str, ...]:
+    """Choose the blocks before the head, at fixed shares of the depth, whose outputs are feature maps."""
+    names = [call.name for call in calls]
+    maps = [name for name in names[: names.index(head_name)] if names.count(name) == 1 and name in layouts]
     # Blocks are what stands in a list: `layers.3`, `stages.1`. Any module will do where a model has none.
     blocks = [name for name in maps if name.rpartition(".")[2].isdigit()] or maps
-    outer = [n for n in blocks if not any(n.startswith(o + ".") and o in modules for o in blocks)]
+    outer = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
     blocks = outer if len(outer) >= len(FEATURE_DEPTHS) else blocks
     positions = sorted({math.ceil(depth * len(blocks)) - 1 for depth in FEATURE_DEPTHS}) if blocks else []
     return tuple(blocks[i] for i in positions)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..patches import GridSize, spread, token_grid
 from .parts import Backbone
-from .tracing import Call, hooked, trace
+from .search import differ
+from .tracing import Call, hooked, is_about_shapes, trace
 
 
 class TokenInput(NamedTuple):
@@ -24,8 +25,8 @@ class TokenInput(NamedTuple):
     columns: int
 
 
-# For each model, what was found for images of each height and width.
-_FOUND: WeakKeyDictionary[nn.Module, dict[tuple[int, int], TokenInput]] = WeakKeyDictionary()
+# For each model, where its sequence starts for images of each height and width.
+_TOKEN_INPUTS: WeakKeyDictionary[nn.Module, dict[tuple[int, int], TokenInput]] = WeakKeyDictionary()
 
 
 def _embed(backbone: Backbone, tokens: TokenInput, pixel_values: Tensor, patches: Tensor) -> Tensor:
@@ -41,13 +42,12 @@ def _embed(backbone: Backbone, tokens: TokenInput, pixel_values: Tensor, patches
 
     module = backbone.model.get_submodule(tokens.name)
     with hooked(iter([module.register_forward_pre_hook(drop, with_kwargs=True)])):
-        return backbone(pixel_values).embeddings
+        return backbone.embed(pixel_values)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether values differ by no more than sums in another order do; no value at all is not the same as any."""
-    tolerance = 1e-4 if one.dtype in (torch.float32, torch.float64) else 1e-2
-    return bool((one - other).abs().max() <= tolerance * other.abs().max())
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether results are equal up to sums in another order, through all blocks."""
+    return not differ(ours, theirs, tolerance=1e-4)
 
 
 @torch.no_grad()
@@ -58,10 +58,10 @@ def find_token_input(backbone: Backbone, pixel_values: Tensor) -> TokenInput:
     the tokens of some patches are dropped it must not depend on the pixels of these patches.
 
     Raises:
-        ValueError: If there is no such place, as in CNNs, windowed transformers, and those that add positions within
+        ValueError: If it starts nowhere, as in CNNs, windowed transformers, and those that add positions within
             attention.
     """
-    known = _FOUND.setdefault(backbone.model, {})
+    known = _TOKEN_INPUTS.setdefault(backbone.model, {})
     height, width = pixel_values.shape[-2:]
     if (height, width) in known:
         return known[height, width]
@@ -69,9 +69,9 @@ def find_token_input(backbone: Backbone, pixel_values: Tensor) -> TokenInput:
     image, noise = torch.randn(2, 1, *pixel_values.shape[1:], generator=generator).to(pixel_values)
     _, calls = trace(backbone.model, image)
     changed: dict[tuple[int, int], tuple[Tensor, list[Call]]] = {}  # a checkerboard of patches is other noise
-    # From the last on: the block comes before its parts, of which none is given all that the block is.
+    # From the last on: the block comes before its parts, of which none reads all that the block does.
     for i, call in reversed(list(enumerate(calls))):
-        grid = token_grid(call.given.shape[1], height, width) if call.given.ndim == 3 else None
+        grid = token_grid(call.input.shape[1], height, width) if call.input.ndim == 3 else None
         if grid is None or sum(other.name == call.name for other in calls) > 1:
             continue
         prefix, rows, columns = grid
@@ -84,7 +84,7 @@ def find_token_input(backbone: Backbone, pixel_values: Tensor) -> TokenInput:
             changed[rows, columns] = other, trace(backbone.model, other)[1]
         other, calls_of_other = changed[rows, columns]
         same_tokens = torch.cat([torch.ones_like(odd[:1]).expand(prefix), ~odd])
-        if not _same(calls_of_other[i].given[:, same_tokens], call.given[:, same_tokens]):
+        if not _same(calls_of_other[i].input[:, same_tokens], call.input[:, same_tokens]):
             continue
         tokens = TokenInput(call.name, *grid)
         even = cells[~odd]
@@ -92,8 +92,10 @@ def find_token_input(backbone: Backbone, pixel_values: Tensor) -> TokenInput:
             in_order = _embed(backbone, tokens, image, cells[None])
             reversed_order = _embed(backbone, tokens, image, cells.flip(0)[None])
             without, without_other = (_embed(backbone, tokens, x, even[None]) for x in (image, other))
-        except Exception:  # a module that needs the whole sequence may raise anything
-            continue
+        except Exception as error:
+            if is_about_shapes(error):  # of a module that needs the whole sequence
+                continue
+            raise
         if _same(reversed_order, in_order) and _same(without_other, without):
             known[height, width] = tokens
             return tokens
@@ -127,7 +129,6 @@ def embed_without_tokens(
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)}; token_drop takes images (B, C, H, W) alone."
         )
-    backbone = Backbone(backbone.model, backbone.parts, (), backbone.other_inputs)  # no maps: their grid has gone
     tokens = find_token_input(backbone, pixel_values)
     batch, num_masks = keep.shape[:2]
     kept = spread(keep.to(pixel_values.device), grid_size, tokens.rows, tokens.columns, "tokens")

@@ -10,13 +10,26 @@ from torch import Tensor, nn
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module that `torch.compile` was given, or the model itself."""
+    """The module inside `torch.compile`, or the model itself."""
     return model.get_submodule("_orig_mod") if "_orig_mod" in model._modules else model
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether `torch.compile` has wrapped a module in it, or compiled one in place."""
     return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
+
+
+def full_name(model: nn.Module, name: str, model_name: str) -> str:
+    """Return the name of the one module of this name, or whose name ends so where the model is in another or compiled.
+
+    Raises:
+        ValueError: If there is none, or several modules share that end.
+    """
+    full_names = {other.replace("_orig_mod.", ""): other for other, _ in model.named_modules()}
+    matches = [name] if name in full_names else [other for other in full_names if other.endswith(f".{name}")]
+    if len(matches) != 1:
+        raise ValueError(f"{model_name} has no module {name!r} to read a feature map from; choose one it has.")
+    return full_names[matches[0]]
 
 
 @contextmanager
@@ -85,7 +98,7 @@ def named_weights(model: nn.Module, without: Iterable[nn.Module] = ()) -> Iterat
                     raise ValueError(f"The weight {prefix}{name} was never loaded; load the model before this.")
                 if _dequantized(tensor).is_floating_point():
                     yield prefix + name, _dequantized(tensor)
-            for name, child in module._modules.items():  # twice where it is there twice, as in a state_dict
+            for name, child in module._modules.items():  # twice where it has two names, as in a state_dict
                 if child is not None:
                     yield from visit(f"{prefix}{name}.", child)
 
@@ -93,7 +106,7 @@ def named_weights(model: nn.Module, without: Iterable[nn.Module] = ()) -> Iterat
 
 
 def _is_packed(module: nn.Module) -> bool:
-    """Whether its weights are no parameters, but given by `weight()`, as those of torch's quantised layers."""
+    """Whether its weights are no parameters, but what `weight()` returns, as those of torch's quantised layers."""
     return hasattr(module, "_packed_params") and callable(getattr(module, "weight", None))
 
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import Backbone
+from .parts import Backbone, HeadPart
 from .prompts import TextTower, pooled, sentences_of
-from .search import HeadPart, differ, find_features
+from .search import differ, find_features, find_layouts
 from .tracing import hooked, probe_like, trace
 
 # Of different lengths; their logits are compared with the model's own.
@@ -95,7 +95,8 @@ def split_towers(
     tower = ImageTower(model, probe)
     embeddings, calls = trace(tower, **probe)
     part = HeadPart("embedding", input_shape=tuple(embeddings.shape[1:]))
-    backbone = Backbone(tower, [part], find_features(calls, part.name, probe["pixel_values"]), tuple(probe)[1:])
+    layouts = find_layouts(calls, probe["pixel_values"])
+    backbone = Backbone(tower, [part], find_features(calls, part.name, layouts), tuple(probe)[1:], layouts)
     del calls
     text = TextTower(model, tokenizer, name)
     text.scale, text.bias = _find_scale(model, text, embeddings, _own_logits(model, text, _SENTENCES, probe))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..classifiers import SplitClassifier
-from ..classifiers.tracing import as_map, feature_in, hooked
+from ..classifiers.tracing import hooked
 from ._gradients import class_evidence, differentiable
 
 
@@ -32,18 +32,20 @@ def explain(
         ValueError: If no feature map has a gradient, or under inference mode.
     """
     # Gradients are asked of the modules' own outputs: a map made of tokens is a view beside the way to the logits.
-    names = classifier.backbone.feature_names
+    backbone = classifier.backbone
+    names = backbone.feature_names
     outputs: dict[str, Tensor] = {}
 
     def hooks() -> Iterator[Any]:
         for name in names:
 
             def keep_output(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
-                value = feature_in(output, pixel_values)
+                layout = backbone.layout_of(name, output, pixel_values)
+                value = None if layout is None else layout.tensor_in(output, len(pixel_values))
                 if value is not None:
                     outputs[name] = value
 
-            yield classifier.backbone.model.get_submodule(name).register_forward_hook(keep_output)
+            yield backbone.model.get_submodule(name).register_forward_hook(keep_output)
 
     with differentiable(pixel_values) as x, hooked(hooks()):
         logits = classifier(x).logits
@@ -53,8 +55,12 @@ def explain(
         if values:
             gradients = torch.autograd.grad(evidence, values, allow_unused=True, materialize_grads=True)
     height, width = pixel_values.shape[-2:]
-    maps = [(as_map(v, height, width), as_map(g, height, width)) for v, g in zip(values, gradients, strict=True)]
-    used = [(m, g) for m, g in maps if m is not None and g is not None and g.any()]
+    used = []
+    for name, value, gradient in zip(names, values, gradients, strict=False):
+        as_map = backbone.layouts[name].as_map
+        feature, gradient_map = (as_map(tensor, height, width) for tensor in (value, gradient))
+        if feature is not None and gradient_map is not None and gradient_map.any():
+            used.append((feature, gradient_map))
     if not used:
         raise ValueError(
             f"No feature map of {classifier.name} reaches the logits by a gradient; Grad-CAM cannot serve it."

@@ -26,7 +26,7 @@ def config_for(classifier: SplitClassifier, grid_size: GridSize | None, hops: in
     """Describe an explainer for this classifier's backbone: its image, grid, features and fingerprint.
 
     Raises:
-        ValueError: If the classifier takes no images, or the grid does not divide them.
+        ValueError: If the classifier takes no images or has no image processor, or the grid does not divide them.
     """
     probe = classifier.probe_inputs()
     pixel_values = probe["pixel_values"]
@@ -51,8 +51,17 @@ def config_for(classifier: SplitClassifier, grid_size: GridSize | None, hops: in
 
 
 def _identity(classifier: SplitClassifier) -> dict[str, Any]:
-    """What an explainer's config says of its backbone's name, weights and images."""
+    """What an explainer's config says of its backbone's name, weights and images.
+
+    Raises:
+        ValueError: If nothing says how its images are normalised.
+    """
     name = classifier.name
+    if classifier.image_processor is None:
+        raise ValueError(
+            f"{name} came without an image processor, so how its images are normalised is not known; pass "
+            "split_classifier(model, image_processor=...), the one that makes its images."
+        )
     mean, std = normalization(classifier.image_processor)
     return {
         "image_mean": mean,
