@@ -135,6 +135,9 @@ class TVEExplainer(TVEPreTrainedModel):
     def __init__(self, config: TVEConfig) -> None:
         super().__init__(config)
         self.trunk: TVEBackboneTrunk | TVEMAETrunk = TRUNKS[config.trunk](config)
+        # Asked of the config once, not in each pass.
+        self.grid_shape, self.is_efficient = config.grid_shape, config.is_efficient
+        self.keep_prob = config.distribution.keep_prob
         self.post_init()
 
     @classmethod
@@ -226,21 +229,20 @@ class TVEExplainer(TVEPreTrainedModel):
         weights: torch.Tensor | None,
     ) -> TVEExplainerOutput:
         """`forward` for `backgrounds="random"`."""
-        prob = self.config.distribution.keep_prob
         phi, base = self.trunk(pixel_values, features, embeddings)  # (B, N, D) and (B, D)
-        if self.config.is_efficient:
+        if self.is_efficient:
             if embeddings is None or self.empty_embedding is None:
                 raise ValueError(
                     'coalitions="shapley" needs embeddings, G(x) of shape (B, D); pass the classifier\'s.'
                 )
-            phi, base = efficient(phi, self.empty_embedding, embeddings, prob)
+            phi, base = efficient(phi, self.empty_embedding, embeddings, self.keep_prob)
         asked = phi if patch_idx is None else phi.take_along_dim(patch_idx[..., None], dim=1)
-        kept, removed = kept_and_removed(asked, base, prob)
+        kept, removed = kept_and_removed(asked, base, self.keep_prob)
         if labels is None:
             return TVEExplainerOutput(kept=kept, removed=removed)
         if coalitions is None:
             raise ValueError("coalition_labels are of unknown coalitions, pass coalitions, boolean (B, K, N), too.")
-        loss = _mean_squared_distance(embedding_of(coalitions, phi, base, prob), labels, weights)
+        loss = _mean_squared_distance(embedding_of(coalitions, phi, base, self.keep_prob), labels, weights)
         return TVEExplainerOutput(loss=loss, kept=kept, removed=removed)
 
 

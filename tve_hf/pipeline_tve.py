@@ -263,7 +263,7 @@ class TransferableAttributionPipeline(Pipeline):
                 "class_idx": class_idx[i].cpu(),
                 "labels": [classifier.id2label[index] for index in class_idx[i].tolist()],
                 "score": log_prob[i, class_idx[i]].exp().cpu(),
-                "attribution": scores[i].unflatten(-1, config.grid_shape).float().cpu(),
+                "attribution": scores[i].unflatten(-1, self.model.grid_shape).float().cpu(),
                 "verification": None if verifications is None else verifications[i],
             }
             for i, picture in enumerate(pictures)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ..fingerprint import fingerprint
 from ..heads import BinaryHead, as_head, try_head
-from ..patches import TOKEN_DROP, GridSize, dividing_grid
+from ..patches import TOKEN_DROP, GridSize, dividing_grid, embed_masked_images
 from .labels import check_names, find_class, names_by_class
-from .masking import embed_masked_images
 from .parts import Backbone, Head, SplitClassifierOutput
 from .prompts import PromptHead, TextTower, check_prompts, no_text_tower
 from .token_drop import embed_without_tokens
