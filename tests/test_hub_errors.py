@@ -5,6 +5,7 @@ import errno
 import pytest
 from hub_server import Fault, User, check_cache, one_sentence
 from huggingface_hub import HfApi, constants, file_download
+from huggingface_hub.utils import close_session
 from tiny import noise_image, same_weights
 from transformers import pipeline
 
@@ -122,6 +123,7 @@ def test_forced_download_that_fails_says_why(online, fault):
     load()
     if fault == "network":
         online.__exit__()
+        close_session()  # its connections, which the server would still answer
         with pytest.raises(ConnectionError, match=f"connection to {online.endpoint} for org/tve failed"):
             TVEExplainer.from_pretrained("org/tve", force_download=True)
         return

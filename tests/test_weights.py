@@ -194,7 +194,7 @@ REFUSED = {
 CONTRADICTIONS = {
     "weights of another size": (
         odd_sizes,
-        "contradicts itself: for trunk.differences.weight config.json describes 48 x 16, but the weights hold 46 x 16",
+        "contradicts itself: for trunk.differences.weight config.json describes 48 x 32, but the weights hold 46 x 32",
     ),
     "another embedding": (lambda f: configure(f, embedding_dim=96), "contradicts itself: for .* and .* others"),
     "more layers": (lambda f: configure(f, num_hidden_layers=3), "contradicts itself: .*weights hold nothing"),
