@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForImageClassification
 import tve_hf
 from tve_hf.benchmark.judge import agreement
 from tve_hf.benchmark.run import EvaluateArguments, evaluate
+from tve_hf.evaluation.statistics import bootstrap_interval
 from tve_hf.hub.model_card import render_card
 from tve_hf.released import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "model_cards" / "results"
 PETS = CHECKPOINTS / "vit-tiny-cats-vs-dogs"
 TASKS = {"tiny_imagenet": DEFAULT_CLASSIFIER, "cats_vs_dogs": PETS}
-REPORTS = [f"{task}{rule}" for task in TASKS for rule in ("", "_log_prob")]
+REPORTS = [*TASKS]
 
 
 def test_checkpoints_are_small_safetensors_only():
@@ -42,21 +43,21 @@ def test_empty_embedding_is_that_of_the_empty_image():
     assert torch.allclose(explainer.empty_embedding, empty, atol=5e-3)  # fp16 on disk
 
 
-@pytest.mark.parametrize("name", REPORTS)
-def test_explainer_is_faithful_on_both_tasks(name):
-    """It ranks patches as exact does, is four fifths as faithful, and clearly more so than noise."""
+@pytest.mark.parametrize(("name", "least_gap"), [("tiny_imagenet", 0.38), ("cats_vs_dogs", 0.58)])
+def test_explainer_is_more_faithful_than_its_rivals_of_one_pass_on_both_tasks(name, least_gap):
+    """By paired intervals, than exact two-state maps of 128 passes too; cats against dogs it has never seen."""
     report = json.loads((RESULTS / name / "report.json").read_text())
-    per_image, summary = report["per_image"], report["summary"]
+    per_image, rows = report["per_image"], report["summary"]["fidelity"]
     assert report["num_images"] >= 300
-    assert report["settings"]["rule"] == ("log_prob" if name.endswith("log_prob") else tve_hf.DEFAULT_RULE)
+    assert report["settings"]["rule"] == "prob"
 
-    def gap(method):
-        return torch.tensor(per_image[f"{method}/zero/plus"]) - torch.tensor(per_image[f"{method}/zero/minus"])
+    def gap(method, removal="zero"):
+        plus, minus = (torch.tensor(per_image[f"{method}/{removal}/{side}"]) for side in ("plus", "minus"))
+        return plus - minus
 
-    assert torch.tensor([float(value) for value in per_image["spearman"]]).nanmedian() >= 0.8
-    assert gap("tve").mean() >= 0.8 * gap("exact").mean()
-    low, _ = summary["fidelity"]["zero"]["tve"]["gap_above_random"]
-    assert 0 < low < (gap("tve") - gap("random")).mean()
+    assert gap("tve").mean() >= least_gap
+    for rival in rows["zero"].keys() - {"tve"}:
+        assert bootstrap_interval(gap("tve") - gap(rival))[0] > 0, rival
 
 
 def test_default_rule_is_the_winner_of_the_study():

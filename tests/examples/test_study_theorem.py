@@ -41,10 +41,10 @@ def test_the_command_counts_images_with_a_bound_and_those_that_keep_it(example, 
     assert (tmp_path / "theorem.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_said_of_the_shipped_explainer_is_what_its_report_gives(example, tmp_path) -> None:
-    results = ROOT / "model_cards" / "results" / "tiny_imagenet_log_prob"
+def test_what_is_said_of_the_antithetical_explainer_is_what_its_report_gives(example, tmp_path) -> None:
+    results = ROOT / "docs" / "comparison" / "antithetical" / "tiny_imagenet_log_prob"
     found = example.study(json.loads((results / "report.json").read_text()), tmp_path / "theorem.png")
-    said = (ROOT / "model_cards" / "README.md").read_text()
+    said = (ROOT / "docs" / "comparison.md").read_text()
     if found["with_bound"] == 0:
         assert f"on the {found['images']} images" in said and "no image has an ε below 1" in said
     else:
