@@ -56,11 +56,19 @@ def test_the_size_is_found_by_looking_at_the_model(randomized, height, width, pa
     torch.testing.assert_close(kept[:, 0], classifier.embed(x[:1]))  # every neighbourhood is the whole image
 
 
-def test_a_model_that_takes_none_of_the_sizes_is_refused_in_a_sentence(randomized) -> None:
-    model = randomized(Fixed(1001, 1001, tells=False)).eval()
-    message = (
-        r"^Fixed does not take pixel_values of shape \(2, 3, 224, 224\).*, nor of .* tried; pass image_processor="
-    )
+class UpTo(Fixed):
+    """As a table of relative positions does, it refuses what is larger than it was made for, and nothing else."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        assert pixel_values.shape[-1] <= 64
+        self.patch_embed.size = tuple(pixel_values.shape[-2:])
+        return super().forward(pixel_values)
+
+
+@pytest.mark.parametrize("model_class", [Fixed, UpTo])
+def test_a_model_whose_size_cannot_be_told_is_refused_in_a_sentence(randomized, model_class) -> None:
+    model = randomized(model_class(1001, 1001, tells=False)).eval()
+    message = r" does not take pixel_values of shape \(2, 3, 224, 224\).*, and does not tell .*; pass image_processor="
     with left_as_found(model), pytest.raises(ValueError, match=message):
         split_classifier(model)
 

@@ -9,8 +9,8 @@ from ..patches import as_pair
 from .loading import image_processor_from, pretrained_cfg_of
 from .tracing import Call, RefusedShape, is_about_shapes, probe_like, trace
 
-# Sides that are tried where no module tells its own: multiples of the first stride, or of that of most CNNs.
-_USUAL_STRIDE, _LEAST_STRIDE = 32, 5
+# Sides that are tried where no module tells its own. A stride of 5 or more is that of patches.
+_USUAL_STRIDE, _LEAST_PATCH = 32, 5
 _MOST_STRIDES, _LONGEST_SIDE = 32, 512
 
 
@@ -40,7 +40,7 @@ def trace_noise(model: nn.Module, image_processor: Any = None) -> Traced:
     """Run a model over noise of the size that its processor makes, or else that it says, or else that it takes.
 
     Raises:
-        ValueError: If no size that is tried is one that it takes, or it returns no logits.
+        ValueError: If its size is not found, or it returns no logits.
         Exception: What the model raises for images of the user's processor.
     """
     if image_processor is not None:
@@ -54,16 +54,14 @@ def trace_noise(model: nn.Module, image_processor: Any = None) -> Traced:
         if not is_about_shapes(error):
             raise
         refusal: Exception = error
-    asked = probe["pixel_values"].shape
-    for size in dict.fromkeys(_sizes_to_try(model)):
-        traced = _trace_size(model, size)
-        if traced is not None:
-            return traced
-    reason = str(refusal.__cause__ or refusal).strip().partition("\n")[0]
-    reason = f" ({reason})" if reason else ""  # often an assert without a message
+    traced = _trace_size_it_takes(model)
+    if traced is not None:
+        return traced
+    shape = tuple(probe["pixel_values"].shape)
+    reason = str(refusal.__cause__ or refusal).strip().partition("\n")[0]  # often an assert without a message
     raise ValueError(
-        f"{type(model).__name__} does not take pixel_values of shape {tuple(asked)}{reason}, nor of the other sizes "
-        "that were tried; pass image_processor=, one that makes images of its size."
+        f"{type(model).__name__} does not take pixel_values of shape {shape}{f' ({reason})' if reason else ''}, and "
+        "does not tell what it takes; pass image_processor=, one that makes images of its size."
     ) from refusal
 
 
@@ -88,15 +86,33 @@ def _trace_size(model: nn.Module, size: tuple[int, int]) -> Traced | None:
         raise
 
 
-def _sizes_to_try(model: nn.Module) -> Iterator[tuple[int, int]]:
-    """Sizes (height, width), first those that modules tell, as timm's patch embeddings do."""
+def _trace_size_it_takes(model: nn.Module) -> Traced | None:
+    """The pass over noise of a size that its modules tell, or else of the only one of many that it takes; or None."""
+    for size in dict.fromkeys(_sizes_told(model)):
+        traced = _trace_size(model, size)
+        if traced is not None:
+            return traced
+    accepted = None
+    for side in _sides_to_try(model):
+        traced = _trace_size(model, (side, side))
+        if traced is not None and accepted is not None:
+            return None  # it takes several, and was made for one of them
+        accepted = accepted or traced
+    return accepted
+
+
+def _sizes_told(model: nn.Module) -> Iterator[tuple[int, int]]:
+    """Sizes (height, width) of images that modules say they take, as timm's patch embeddings do."""
     for module in model.modules():
         for name in ("img_size", "image_size"):
             size = getattr(module, name, None)
             sides = size if isinstance(size, (tuple, list)) else (size, size)
             if len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
                 yield as_pair(sides)
+
+
+def _sides_to_try(model: nn.Module) -> range:
+    """Sides of square images: multiples of a patch, or of the stride of most CNNs."""
     strides = (module.stride[0] for module in model.modules() if isinstance(module, nn.Conv2d))
-    stride = next((stride for stride in strides if stride >= _LEAST_STRIDE), _USUAL_STRIDE)
-    for side in range(stride, min(_MOST_STRIDES * stride, _LONGEST_SIDE) + 1, stride):
-        yield side, side
+    stride = next((stride for stride in strides if stride >= _LEAST_PATCH), _USUAL_STRIDE)
+    return range(stride, min(_MOST_STRIDES * stride, _LONGEST_SIDE) + 1, stride)
