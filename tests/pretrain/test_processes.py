@@ -100,7 +100,7 @@ def test_a_killed_worker_is_told_and_the_next_start_resumes(settings, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(moment, kill_worker)
-        with pytest.raises(RuntimeError) as caught:
+        with pytest.raises(ChildProcessError) as caught:
             pretrain(PretrainArguments(**settings))
     assert "A process that decodes images was killed, perhaps for want of memory (DataLoader worker" in str(
         caught.value

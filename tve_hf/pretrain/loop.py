@@ -29,7 +29,7 @@ def pretrain(args: PretrainArguments) -> TVEExplainer:
     Raises:
         ValueError: If a setting or the images are wrong, or the settings are not those of the checkpoint.
         OSError: If nothing can be written, or another run is writing there; the last checkpoint stays intact.
-        RuntimeError: If a process that decodes images was killed; the last checkpoint stays intact.
+        ChildProcessError: If a process that decodes images was killed; the last checkpoint stays intact.
         SystemExit: After SIGTERM or SIGUSR1, with 128 + the signal's number.
     """
     args = with_sizes_of_explainer(args)

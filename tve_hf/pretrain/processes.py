@@ -125,14 +125,14 @@ def report_killed_workers(number: int) -> Iterator[None]:
     """Say in a sentence that one of the `number` processes that decode images was killed in a with-block.
 
     Raises:
-        RuntimeError: In place of torch's, which comes in the middle of whatever goes on.
+        ChildProcessError: In place of torch's RuntimeError, which comes in the middle of whatever goes on.
     """
     try:
         yield
     except RuntimeError as error:
         if WORKER_DIED not in str(error):
             raise
-        raise RuntimeError(
+        raise ChildProcessError(
             f"A process that decodes images was killed, perhaps for want of memory ({' '.join(str(error).split())}); "
             "the same command goes on from the last checkpoint. If it happens again, lower "
             f"dataloader_num_workers={number}."
