@@ -50,7 +50,10 @@ def _full(tensor: Tensor) -> Tensor:
 
 def _mapped(arguments: Sequence[Any], change: Callable[[Any], Any]) -> list[Any]:
     """Arguments, and those in lists among them, each changed."""
-    return [[change(a) for a in given] if isinstance(given, list | tuple) else change(given) for given in arguments]
+    return [
+        [change(a) for a in argument] if isinstance(argument, list | tuple) else change(argument)
+        for argument in arguments
+    ]
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class _Step:
     options: dict[str, Any]
     operands: list[Tensor]
     outputs: tuple[Tensor, ...]  # kept alive, as the operands are, so that no key stands for two tensors
-    given: list[Key]  # of the operands, before the operation
+    read: list[Key]  # of the operands, before the operation
     made: list[Key]
 
     @property
@@ -79,9 +82,9 @@ class _Step:
     def pull(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Gradients by the operands from those by the outputs."""
         operands = [_full(operand).requires_grad_() for operand in self.operands]
-        given = _mapped(self.arguments, lambda a: operands[a.number] if isinstance(a, _Place) else a)
+        arguments = _mapped(self.arguments, lambda a: operands[a.number] if isinstance(a, _Place) else a)
         with torch.enable_grad():
-            outputs = tensors_in(self.func(*given, **self.options))
+            outputs = tensors_in(self.func(*arguments, **self.options))
         used = [(output, slope) for output, slope in zip(outputs, gradients, strict=True) if slope is not None]
         return list(torch.autograd.grad([output for output, _ in used], operands, [slope for _, slope in used]))
 
@@ -135,12 +138,12 @@ class Tape(TorchDispatchMode):
             return _Place(len(operands) - 1)
 
         arguments = _mapped(args, place)
-        given = [_key(operand) for operand in operands]
+        read = [_key(operand) for operand in operands]
         output = func(*args, **(kwargs or {}))
         outputs = tensors_in(output)
         made = [_key(tensor) for tensor in outputs]
-        if operands and not (func.is_view and made == given):  # as that of detach
-            self._steps.append(_Step(func, arguments, kwargs or {}, operands, outputs, given, made))
+        if operands and not (func.is_view and made == read):  # as that of detach
+            self._steps.append(_Step(func, arguments, kwargs or {}, operands, outputs, read, made))
             self._known.update(made)
         return output
 
@@ -161,20 +164,22 @@ class Tape(TorchDispatchMode):
         Raises:
             ValueError: If relevance would have to pass an operation that has no rule.
         """
-        found = {_key(tensor): torch.zeros_like(_full(tensor)) for tensor in wanted}
+        relevances = {_key(tensor): torch.zeros_like(_full(tensor)) for tensor in wanted}
         held = {_key(logits): torch.zeros_like(_full(logits)).scatter(1, class_idx.unsqueeze(1), 1)}
-        first = min((i for i, step in enumerate(self._steps) if not found.keys().isdisjoint(step.made)), default=0)
+        first = min(
+            (i for i, step in enumerate(self._steps) if not relevances.keys().isdisjoint(step.made)), default=0
+        )
         for step in self._steps[:first:-1]:
             relevance = [held.pop(key, None) for key in step.made]
             if step.func._schema.is_mutable and step.kind not in _PASSES:  # earlier steps would see its values
                 raise self._refusal(step)
             if all(part is None for part in relevance):
                 continue
-            for key, share in zip(step.given, self._shares(step, relevance, normalize), strict=True):
+            for key, share in zip(step.read, self._shares(step, relevance, normalize), strict=True):
                 if share is not None:
                     held[key] = held[key] + share if key in held else share
-            found |= {key: held[key] for key in found.keys() & held.keys()}
-        return [found[_key(tensor)] for tensor in wanted]
+            relevances |= {key: held[key] for key in relevances.keys() & held.keys()}
+        return [relevances[_key(tensor)] for tensor in wanted]
 
     def _shares(self, step: _Step, relevance: Sequence[Tensor | None], normalize: bool) -> Sequence[Tensor | None]:
         """Share the relevance of what a step made among its operands; None for one that takes no part."""
@@ -185,7 +190,7 @@ class Tape(TorchDispatchMode):
         assert whole is not None
         if kind in _MEANS:  # Eq. 2
             return [operands[0] * step.pull([_ratio(whole, _full(step.outputs[0]))])[0]]
-        if kind in _PRODUCTS and not any(isinstance(given, _Place) for given in step.arguments[:-2]):
+        if kind in _PRODUCTS and not any(isinstance(argument, _Place) for argument in step.arguments[:-2]):
             left, right = (operands[a.number] if isinstance(a, _Place) else _full(a) for a in step.arguments[-2:])
             if count == 2:
                 return _through_attention(left, right, whole)

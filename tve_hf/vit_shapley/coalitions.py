@@ -70,8 +70,8 @@ def check_head(explainer: ShapleyExplainer, classifier: SplitClassifier) -> None
             f"{len(classifier.id2label)}; {remedy}."
         )
     if config.head_fingerprint is not None:
-        expected, found = (torch.tensor(values) for values in (config.head_fingerprint, head_fingerprint(classifier)))
-        if not (found - expected).norm() <= _HEAD_TOLERANCE * expected.norm():  # NaN is no match
+        expected, actual = (torch.tensor(values) for values in (config.head_fingerprint, head_fingerprint(classifier)))
+        if not (actual - expected).norm() <= _HEAD_TOLERANCE * expected.norm():  # NaN is no match
             raise ValueError(
                 f"{named} is bound to the head of {config.backbone_name}, and {classifier.name} has another; {remedy}."
             )

@@ -121,12 +121,12 @@ class ShapleyExplainer(TVEPreTrainedModel):
         return ShapleyExplainerOutput(loss=loss, shapley_values=values)
 
 
-def _checked(name: str, given: torch.Tensor | None, expected: tuple[int, ...]) -> torch.Tensor:
+def _checked(name: str, tensor: torch.Tensor | None, expected: tuple[int, ...]) -> torch.Tensor:
     """Return an input in float32; raises ValueError if it is missing or has another shape."""
-    if given is None or tuple(given.shape) != expected:
-        found = "missing" if given is None else f"of shape {tuple(given.shape)}"
-        raise ValueError(f"{name} is {found}; pass shape {expected}, one row for each image.")
-    return given.float()
+    if tensor is None or tuple(tensor.shape) != expected:
+        state = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+        raise ValueError(f"{name} is {state}; pass shape {expected}, one row for each image.")
+    return tensor.float()
 
 
 __all__ = ["ShapleyExplainer", "ShapleyExplainerOutput"]
