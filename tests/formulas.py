@@ -48,6 +48,8 @@ def formula(rule: str, kept: Tensor, removed: Tensor, head: nn.Linear, y: int, g
             return averaged(-log_prob(removed))
         case "standardized_logit":
             return standardized(logit(kept)) - standardized(logit(removed))
+        case "prob":
+            return prob(kept) - prob(removed)
         case "standardized_logit_averaged":
             return averaged(standardized(logit(kept)) - standardized(logit(removed)))
         case "standardized_prob_averaged":

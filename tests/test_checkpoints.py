@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModel, AutoModelForImageClassification
 
 import tve_hf
-from tve_hf.benchmark.judge import agreement
 from tve_hf.benchmark.run import EvaluateArguments, evaluate
 from tve_hf.evaluation.statistics import bootstrap_interval
 from tve_hf.hub.model_card import render_card
 from tve_hf.released import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
+from tve_hf.verification import spearman
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "model_cards" / "results"
@@ -23,7 +23,7 @@ REPORTS = [*TASKS]
 
 def test_checkpoints_are_small_safetensors_only():
     files = [path for path in CHECKPOINTS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 16 * 2**20
+    assert sum(path.stat().st_size for path in files) <= 20 * 2**20
     assert {path.suffix for path in files} == {".json", ".safetensors"}
 
 
@@ -49,7 +49,7 @@ def test_explainer_is_more_faithful_than_its_rivals_of_one_pass_on_both_tasks(na
     report = json.loads((RESULTS / name / "report.json").read_text())
     per_image, rows = report["per_image"], report["summary"]["fidelity"]
     assert report["num_images"] >= 300
-    assert report["settings"]["rule"] == "prob"
+    assert report["rule"] == "prob"
 
     def gap(method, removal="zero"):
         plus, minus = (torch.tensor(per_image[f"{method}/{removal}/{side}"]) for side in ("plus", "minus"))
@@ -66,7 +66,7 @@ def test_default_rule_is_the_winner_of_the_study():
     # Two backbones, two removal operators, exact and predicted maps of both.
     assert len(study["cases"]) == 2
     for table in study["cases"].values():
-        assert set(table) == set(tve_hf.RULES)
+        assert set(table) == set(tve_hf.RULES) - {"prob"}  # which came with random backgrounds
         assert set(table["log_prob"]) == {f"{s}/{r}" for s in ("exact", "predicted") for r in ("zero", "blur")}
     # The share of the best rule's gap that a rule keeps, over all of them.
     shares = []
@@ -74,7 +74,9 @@ def test_default_rule_is_the_winner_of_the_study():
         for column in table["log_prob"]:
             best = max(row[column]["gap"] for row in table.values())
             shares.append(table[study["winner"]][column]["gap"] / best)
-    signed = [name for name, rule in tve_hf.RULES.items() if rule.kept and not rule.standardized]
+    signed = [
+        name for name in study["mean_share_of_best"] if tve_hf.RULES[name].kept and not tve_hf.RULES[name].standardized
+    ]
     assert study["winner"] == max(signed, key=study["mean_share_of_best"].get)
     assert study["mean_share_of_best"][study["winner"]] == pytest.approx(sum(shares) / len(shares), abs=2e-3)
 
@@ -95,7 +97,7 @@ def test_report_is_what_the_checkpoints_give(task, shared_data, tmp_path):
         "vit_shapley": None,
         "test_files": [str(path) for path in (shared_data / task).glob("test-*.parquet")],
         "num_images": 20,
-        "methods": ["rollout"],
+        "methods": ["chefer_cam"],
         "removals": ["zero"],
         "num_gallery": 0,
         "output_dir": str(tmp_path),
@@ -107,7 +109,7 @@ def test_report_is_what_the_checkpoints_give(task, shared_data, tmp_path):
 
 
 def test_explainer_reads_the_image_not_only_its_place(shared_data):
-    """Its maps follow their own image: they agree with its exact map better than the mean map does."""
+    """Its maps follow their own image: they agree with its sampled map better than the mean map does."""
     from datasets import load_dataset
 
     files = [str(path) for path in (shared_data / "tiny_imagenet").glob("test-*.parquet")]
@@ -116,9 +118,9 @@ def test_explainer_reads_the_image_not_only_its_place(shared_data):
     images = [image.convert("RGB") for image in rows["image"]]
     pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
     class_idx = classifier(pixel_values).logits.argmax(-1)
-    found = agreement(classifier, AutoModel.from_pretrained(DEFAULT_EXPLAINER), pixel_values, class_idx, "log_prob")
-    mean_map = found["exact"].mean(0, keepdim=True).expand_as(found["exact"])
-    assert (
-        found["spearman"].median()
-        > 0.2 + tve_hf.verification.spearman(mean_map.flatten(1), found["exact"].flatten(1)).median()
-    )
+    explainer = AutoModel.from_pretrained(DEFAULT_EXPLAINER)
+    predicted = tve_hf.methods.explain("tve", classifier, pixel_values, class_idx, explainer=explainer).flatten(1)
+    sampled = tve_hf.methods.explain("sampled", classifier, pixel_values, class_idx, 8, n_samples=256, rule="prob")
+    sampled = sampled.flatten(1)
+    by_mean_map = spearman(sampled.mean(0, keepdim=True).expand_as(sampled), sampled).median()
+    assert spearman(predicted, sampled).median() > 0.2 + by_mean_map

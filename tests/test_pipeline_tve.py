@@ -388,7 +388,7 @@ def test_round_trip(pair, explain, tmp_path):
 
 
 def test_shipped_checkpoints_need_no_arguments():
-    (result,) = pipeline(TASK)(noise_image(0, (80, 60)), verify=4)
+    (result,) = pipeline(TASK)(noise_image(0, (80, 60)), verify=8)
     assert set(result) == KEYS | {"verification"} and result["overlay"].size == (80, 60)
 
 

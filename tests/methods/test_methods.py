@@ -175,7 +175,7 @@ def test_a_generator_alone_decides_what_is_drawn(shared_model, images, randomize
 
 
 def test_all_methods_that_draw_take_a_generator_and_no_seed() -> None:
-    assert DRAWING == ["exact_sampled", "grad_shap", "kernel_shap", "lime", "random", "rise"]
+    assert DRAWING == ["exact_sampled", "grad_shap", "kernel_shap", "lime", "random", "rise", "sampled"]
     assert not any("seed" in inspect.signature(methods.load(name)).parameters for name in NAMES)
 
 

@@ -241,7 +241,8 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
     table = {key: column.double() for key, column in table.items()}
     rule = args.rule or (DEFAULT_RULE if judge.explainer is None else rule_of(judge.explainer.config))
     report = {
-        "settings": asdict(args) | {"rule": rule},
+        "settings": asdict(args),
+        "rule": rule,
         "num_images": len(judge.data),
         "rows": judge.rows,
         "summary": summarize(table, judge.specs, args.removals),

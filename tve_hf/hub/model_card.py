@@ -61,7 +61,7 @@ def _agreement(results: dict[str, dict[str, Any]]) -> str:
         "median correlation with it": ("median_faithfulness", "{:.2f}"),
     }
     rows = [["", *results], ["images", *(str(r["num_images"]) for r in results.values())]]
-    rows.append(["rule", *(f"`{r['settings']['rule']}`" for r in results.values())])
+    rows.append(["rule", *(f"`{r.get('rule', r['settings']['rule'])}`" for r in results.values())])
     for title, (key, form) in lines.items():
         if not all(key in r["summary"] for r in results.values()):
             continue

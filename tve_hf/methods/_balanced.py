@@ -7,6 +7,7 @@ as they are; gradients are as if what stands in brackets were constant:
 * gated activations, such as GELU and SiLU, x * [gate(x)], also where a sigmoid, tanh or erf is written out;
 * LayerNorm, (x - mean) / [deviation]; and, by Corollary 2, every division, as where an embedding is brought to unit
   length;
+* of an activation that is a gate by itself, such as tanh, all: what it leads to is a constant of its token;
 * of a product of two branches, as in SwiGLU, each takes half the gradient (Theorem 4).
 
 What is left is affine in the tokens: input times gradient, of the tokens and of all that is added to them, such as

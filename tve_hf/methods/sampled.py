@@ -4,6 +4,7 @@ Departs from the paper in taking the mean of the embedding rather than of the cl
 of masked passes serves every class and head.
 """
 
+import torch
 from torch import Generator, Tensor
 
 from ..attribution import transfer
@@ -12,6 +13,7 @@ from ..coalitions import Coalitions
 from ..sampling import sampled_meta_attribution
 
 
+@torch.no_grad()
 def explain(
     classifier: SplitClassifier,
     pixel_values: Tensor,
