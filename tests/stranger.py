@@ -17,7 +17,7 @@ from transformers import pipeline
 model, classifier, image, trust = sys.argv[1:]
 kwargs = {"trust_remote_code": True} if trust == "trust" else {}
 explain = pipeline("transferable-attribution", model=model, classifier=classifier, **kwargs)
-(result,) = explain(Image.open(image), verify=4)
+(result,) = explain(Image.open(image), verify=8)
 print(json.dumps({"attribution": result["attribution"].tolist(), "module": type(explain).__module__}))
 """
 

@@ -151,7 +151,7 @@ def test_card_of_what_evaluate_writes(reports):
         summary = summaries[result.dataset_name]
         _, _, removal = result.metric_type.rpartition("_")
         gap = summary["fidelity"][removal]["tve"]["gap"][0] if removal in summary["fidelity"] else None
-        assert result.metric_value == (summary["median_spearman"] if gap is None else gap)
+        assert result.metric_value == (summary["median_r2"] if gap is None else gap)
     for task, summary in summaries.items():
         table = card.text.split(f"### {task}\n")[1].split("\n#")[0]
         for removal, rows in summary["fidelity"].items():

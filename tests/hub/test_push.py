@@ -307,7 +307,7 @@ def damage(folder, change, reports):
     elif change in ("report", "other report"):
         report = json.loads((reports[0] / "report.json").read_text())
         if change == "report":
-            del report["summary"]["median_spearman"]
+            del report["summary"]["median_r2"]
         else:
             report["settings"]["model"] = "runs/another"
         (folder / "task").mkdir()
@@ -325,7 +325,7 @@ def damage(folder, change, reports):
         ("other size", ["contradicts itself"]),
         ("number", ["README.md", "does not say what the results say", "line"]),
         ("metadata", ["metadata of the card", "README.md", "cannot be read"]),
-        ("report", ["lacks a number", "median_spearman"]),
+        ("report", ["lacks a number", "median_r2"]),
         ("other report", ["runs/another", "not on"]),
     ],
 )

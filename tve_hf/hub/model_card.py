@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -48,25 +48,36 @@ def task_of(path: Path) -> str:
     return report_file(path).resolve().parent.name
 
 
-def _agreement(results: dict[str, dict[str, Any]]) -> str:
-    """Explainer against exact: one column for each task."""
-    lines = {
-        "classifier's accuracy": ("accuracy", "{:.1%}"),
-        "median Spearman with exact": ("median_spearman", "{:.2f}"),
-        "relative error of kept": ("mean_kept_error", "{:.2f}"),
-        "relative error of removed": ("mean_removed_error", "{:.3f}"),
-        "mean error of Eq. 7, nats": ("mean_error_nats", "{:.2f}"),
-        "median ε of Theorem 1": ("median_epsilon", "{:.2f}"),
-        "median R² of the predicted class's logit": ("median_r2", "{:.2f}"),
-        "median correlation with it": ("median_faithfulness", "{:.2f}"),
-    }
+# What a report says of an explainer itself, by the kind of its backgrounds: title, number and form.
+_AGREEMENT = {
+    "antithetical": [
+        ("median Spearman with exact", "median_spearman", "{:.2f}"),
+        ("relative error of kept", "mean_kept_error", "{:.2f}"),
+        ("relative error of removed", "mean_removed_error", "{:.3f}"),
+        ("mean error of Eq. 7, nats", "mean_error_nats", "{:.2f}"),
+        ("median ε of Theorem 1", "median_epsilon", "{:.2f}"),
+    ],
+    "random": [
+        ("median R² of the predicted class's logit", "median_r2", "{:.2f}"),
+        ("median correlation with it", "median_faithfulness", "{:.2f}"),
+    ],
+}
+
+
+def _agreement(config: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
+    """Explainer against what it learnt: one column for each task."""
     rows = [["", *results], ["images", *(str(r["num_images"]) for r in results.values())]]
     rows.append(["rule", *(f"`{r.get('rule', r['settings']['rule'])}`" for r in results.values())])
-    for title, (key, form) in lines.items():
-        if not all(key in r["summary"] for r in results.values()):
-            continue
+    lines = _AGREEMENT[_backgrounds(config)]
+    if all("accuracy" in r["summary"] for r in results.values()):  # not where labels are of other classes
+        lines = [("classifier's accuracy", "accuracy", "{:.1%}"), *lines]
+    for title, key, form in lines:
         rows.append([title, *(form.format(float(r["summary"][key])) for r in results.values())])
     return _table(rows)
+
+
+def _backgrounds(config: dict[str, Any]) -> str:
+    return config.get("backgrounds", "antithetical")
 
 
 def _fidelity(results: dict[str, dict[str, Any]]) -> str:
@@ -122,7 +133,7 @@ def _trained_values(folder: Path, config: dict[str, Any], results: dict[str, dic
     picture = (PICTURE, "of this explainer") if (folder / PICTURE).is_file() else (_CHELSEA, "of the one in tve_hf")
     return _shape_values(config) | {
         "picture": "![A photograph under its map, {1}]({0})".format(*picture),
-        "agreement": _agreement(results),
+        "agreement": _agreement(config, results),
         "fidelity": _fidelity(results),
         "data": ", ".join(f"`{source}`" for source in _sources(arguments)),
         "steps": str(last["step"]),
@@ -138,7 +149,7 @@ def _pretrained_values(folder: Path, config: dict[str, Any], results: dict[str, 
     """Of an explainer that has been measured by nothing but its own run."""
     training = read_json(folder / "training.json")
     last, bad = training["log"][-1], training.get("bad_images", {"number": 0})
-    whose = "sampled" if config.get("backgrounds") == "random" else "exact"
+    whose = "sampled" if _backgrounds(config) == "random" else "exact"
     lines = {
         f"median Spearman with {whose}": "spearman",
         "relative error of kept": "kept_error",
@@ -198,16 +209,19 @@ def _datasets(arguments: dict[str, Any], tasks: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _metrics(results: dict[str, dict[str, Any]]) -> list[EvalResult]:
+# The first metric of a card's metadata, by the kind of backgrounds: its type, name and value.
+_AGREED: dict[str, Callable[[dict[str, Any]], tuple[str, str, float]]] = {
+    "antithetical": lambda s: ("spearmanr", "median Spearman with exact", s["median_spearman"]),
+    "random": lambda s: ("r2", "median R2 of the predicted class's logit under masking", s["median_r2"]),
+}
+
+
+def _metrics(config: dict[str, Any], results: dict[str, dict[str, Any]]) -> list[EvalResult]:
     """Agreement with exact, and the fidelity of the maps under each removal operator, of each task."""
     metrics = []
     for task, report in results.items():
         summary = report["summary"]
-        values = []
-        if "median_spearman" in summary:
-            values.append(("spearmanr", "median Spearman with exact", summary["median_spearman"]))
-        if "median_r2" in summary:
-            values.append(("r2", "median R2 of the predicted class's logit under masking", summary["median_r2"]))
+        values = [_AGREED[_backgrounds(config)](summary)]
         for removal, rows in summary["fidelity"].items():
             name = f"Fidelity+ AUC less Fidelity- AUC, removed pixels: {removal}"
             values.append((f"fidelity_gap_{removal}", name, rows["tve"]["gap"][0]))
@@ -244,7 +258,7 @@ def render_card(
     """
     config = read_json(folder / "config.json")
     kind = config["model_type"] if results else f"{config['model_type']} alone"
-    if results and config.get("backgrounds") == "random":
+    if results and _backgrounds(config) == "random":
         kind = f"{kind} random"
     template, values_of, tags = _KINDS.get(kind, _CLASSIFIER)
     reports = {task_of(path): read_json(report_file(path)) for path in results}
@@ -264,7 +278,7 @@ def render_card(
             datasets=_datasets(read_json(folder / "training.json")["arguments"], reports) or None,
             tags=tags,
             model_name=name if reports else None,
-            eval_results=_metrics(reports) if reports else None,
+            eval_results=_metrics(config, reports) if reports else None,
         )
     except (LookupError, TypeError) as error:
         raise ValueError(
