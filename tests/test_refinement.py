@@ -7,8 +7,8 @@ from tiny import GRID, make_explainer, noise_image, save_classifier
 from transformers import pipeline
 
 import tve_hf
-from tve_hf.additive import kept_and_removed
 from tve_hf.attribution import transfer
+from tve_hf.modeling_tve import kept_and_removed
 from tve_hf.refinement import Refinement
 
 NUM_PATCHES = GRID * GRID

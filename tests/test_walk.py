@@ -35,5 +35,4 @@ def test_a_photograph_passes_few_files_to_become_a_picture(tmp_path):
     explain = pipeline("transferable-attribution")
     files = walk(lambda: explain(str(photograph)))
     assert files[0] == "pipeline_tve.py" and files[-1] == "visualization.py"
-    assert len(files) <= 10, files
-    assert len(walk(lambda: explain(str(photograph)))) <= 9  # the next of that size: what the processor shows is known
+    assert len(files) <= 9, files

@@ -5,7 +5,19 @@ draws pairs: each coalition comes with an antithetic one, its complement whereve
 Pairs leave a distribution as it is, and lower the variance of what is learnt from it. Random through a generator on
 the CPU alone.
 
-Shapes: B images, K coalitions of each, N = rows * cols patches (row-major).
+The additive form. An embedding with only the patches in S kept is taken for a sum over the patches,
+
+    G(S) ~ base + sum over z of (1[z in S] - p) phi_z,        phi_z in R^D, p = P(z in S).
+
+Where patches are kept independently of each other, the means over backgrounds are then
+
+    kept_z = E[G(S) | z in S] = base + (1 - p) phi_z        removed_z = E[G(S) | z not in S] = base - p phi_z.
+
+Where they are kept together, phi is the coefficient of least squares, and the same formulas say what z alone changes.
+For a linear head w_y the score w_y . phi_z is the Banzhaf value of the class's logit (p = 1/2), or its Shapley value
+(Shapley kernel, efficiency).
+
+Shapes: B images, K coalitions of each, N = rows * cols patches (row-major), D = embedding_dim.
 """
 
 from collections.abc import Callable

@@ -108,7 +108,7 @@ class TVEConfig(BackboneReaderConfig):
 
     The image is cut into a grid of patches and the explainer predicts, for every patch z, G of the image with only the
     neighbourhood N(z) visible and G of the image with only N(z) hidden (TVE, arXiv 2312.15359, Eq. 6). Or, for random
-    backgrounds, the means of G over coalitions S of patches with z and of those without it (Eq. 3; see `additive.py`).
+    backgrounds, the means of G over coalitions S of patches with z and of those without it (Eq. 3; `coalitions.py`).
 
     Args:
         backgrounds: `"antithetical"`, the two states of Eq. 6; or `"random"`, the means of Eq. 3.

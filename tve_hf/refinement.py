@@ -17,11 +17,11 @@ Shapes: B images, n coalitions, N patches, K classes of each image, D = embeddin
 import torch
 from torch import Tensor
 
-from .additive import embedding_of, phi_and_base
 from .attribution import evidence_of, rule_named
 from .classifiers import SplitClassifier
 from .coalitions import Coalitions
 from .configuration_tve import TVEConfig
+from .modeling_tve import embedding_of, phi_and_base
 from .patches import average_over_neighborhoods
 
 

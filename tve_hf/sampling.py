@@ -1,6 +1,6 @@
 """Meta-attribution over random backgrounds by sampling them (Eq. 3): what random-background explainers predict.
 
-Least squares of the embedding on which patches are kept, for all D dimensions at once; see `additive.py`.
+Least squares of the embedding on which patches are kept, for all D dimensions at once; see `coalitions.py`.
 """
 
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from .additive import efficient, kept_and_removed
 from .classifiers import SplitClassifier
 from .coalitions import Coalitions, check_number
+from .modeling_tve import efficient, kept_and_removed
 from .patches import GridSize, as_pair
 
 # Ridge penalties to choose from, as shares of the mean squared singular value of the design.

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..additive import embedding_of, phi_and_base
 from ..attribution import of_class, rule_of, transfer
 from ..classifiers import SplitClassifier
 from ..configuration_tve import CoalitionName, TVEConfig
+from ..modeling_tve import embedding_of, phi_and_base
 from ..refinement import Refinement
 from ..sampling import sampled_meta_attribution
 from ..verification import pearson, spearman
