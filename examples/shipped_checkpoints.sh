@@ -5,6 +5,7 @@
 #
 # DATA holds parquet image sets (tiny_imagenet, cats_vs_dogs), MODELS the pretrained teacher.
 set -euo pipefail
+mkdir -p docs/comparison/refine
 data=$1 models=$2
 checkpoints=tve_hf/checkpoints
 results=model_cards/results
@@ -76,6 +77,13 @@ for task in tiny_imagenet cats_vs_dogs; do
     measure $task $antithetical/$task $runs/explainer-antithetical --methods random rollout grad_cam legrad
     # Under the paper's rule, for which Theorem 1 holds.
     measure $task $antithetical/${task}_log_prob $runs/explainer-antithetical --rule log_prob --methods random
+done
+# Maps that n masked passes correct, beside methods that take n passes.
+tve-hf evaluate --classifier $vit --model $explainer --num_images 100 --removals zero --num_gallery 0 \
+    --test_files "$data/tiny_imagenet/test-*.parquet" --output_dir $runs/results/refine \
+    --methods random {tve,lime,kernel_shap,rise}@{8,25,100}
+for file in report.json table.md cost.png; do
+    install -m 644 $runs/results/refine/$file docs/comparison/refine/$file
 done
 install -m 644 $runs/explainer-antithetical/training.json $antithetical/training.json
 
