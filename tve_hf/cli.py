@@ -282,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if helped else 2
     try:
         return COMMANDS[arguments[0]](arguments[1:])
-    except Exception as error:
+    except Exception as error:  # told apart below, and raised again unless input can bring it about
         if not is_expected(error):
             error.add_note(REPORT)
             raise

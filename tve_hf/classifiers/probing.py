@@ -80,7 +80,7 @@ def _trace_size(model: nn.Module, size: tuple[int, int]) -> Traced | None:
     probe = probe_like(model, image_processor, image_size=size)
     try:
         return Traced(image_processor, size, probe, *trace(model, **probe))
-    except Exception as error:
+    except Exception as error:  # any class, for the model is anyone's; what is not about the size goes on
         if is_about_shapes(error):
             return None
         raise

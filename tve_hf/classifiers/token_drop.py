@@ -92,7 +92,7 @@ def find_token_input(backbone: Backbone, pixel_values: Tensor) -> TokenInput:
             in_order = _embed(backbone, tokens, image, cells[None])
             reversed_order = _embed(backbone, tokens, image, cells.flip(0)[None])
             without, without_other = (_embed(backbone, tokens, x, even[None]) for x in (image, other))
-        except Exception as error:
+        except Exception as error:  # any class, as the module is anyone's
             if is_about_shapes(error):  # of a module that needs the whole sequence
                 continue
             raise

@@ -85,7 +85,7 @@ def trace(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Ten
                 "set the size of its image processor to the model's"
                 f"{', or wrap the model to pass interpolate_pos_encoding=True' if interpolates else ''}."
             ) from error
-        except Exception as error:
+        except Exception as error:  # any class, and raised again: a note is added
             if is_about_shapes(error):  # often an assert without a message
                 error.add_note(
                     f"{type(model).__name__} was given noise of shape {tuple(pixel_values.shape)}; if that is not "

@@ -71,7 +71,7 @@ def writing(what: str, output_dir: Path, unfinished: Path | None = None) -> Iter
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # each writer has its own class for a full disk; all others are raised again
         if unfinished:
             shutil.rmtree(unfinished, ignore_errors=True)
         if not is_disk_full(error):
