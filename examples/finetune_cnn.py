@@ -2,8 +2,8 @@
 
 The classes are those of a set of small labelled images. Large photographs without labels come along, one to three of
 the small ones, and for them the CNN learns what it said itself before, restricted to these classes: it shall not
-forget. In a third of all images random patches are grey, the zero of the normalised image, so that the classifier meets
-the masked images that explanations ask about. Norm layers keep their statistics.
+forget. In a third of all images random patches are grey, the zero of the normalised image, so that the classifier
+meets the masked images that explanations ask about. Norm layers keep their statistics.
 
     python examples/finetune_cnn.py --classifier mobilenet_v2_1.0_224_imagenet --image_size 160 \
         --train_files 'tiny_imagenet/train-*.parquet' --unlabelled_files 'photos/train-*.parquet' \

@@ -73,13 +73,10 @@ def faithfulness(
     Raises:
         ValueError: If there are fewer than 8 coalitions or an odd number, or they do not fit the grid.
     """
-    check_coalitions(num_coalitions)
     grid = grid_of(scores.shape[-1], grid_size)
-    how = Coalitions(coalitions) if isinstance(coalitions, str) else coalitions
-    keep = how.draw(1, num_coalitions, grid, torch.Generator().manual_seed(1))[0].to(scores.device)  # (n, N)
-    masks = keep.expand(len(pixel_values), -1, -1)
-    embeddings = classifier.embed_masked(pixel_values, masks, grid, removal, chunk_size, **inputs)
-    true = evidence_of(RULES["logit"], embeddings, classifier, class_idx).double()  # (B, K, n)
+    keep, true = true_logits(
+        classifier, pixel_values, class_idx, num_coalitions, coalitions, grid, removal, chunk_size, **inputs
+    )
     foretold = scores.double() @ keep.T.double()
     drawn = torch.randint(num_coalitions, (RESAMPLES, num_coalitions), generator=torch.Generator().manual_seed(0))
     resampled = r_squared(foretold[..., drawn.to(true.device)], true[..., drawn.to(true.device)])  # (B, K, RESAMPLES)
@@ -97,6 +94,31 @@ def faithfulness(
         ]
         for i in range(len(pixel_values))
     ]
+
+
+@torch.no_grad()
+def true_logits(
+    classifier: SplitClassifier,
+    pixel_values: Tensor,
+    class_idx: Tensor,
+    num_coalitions: int,
+    coalitions: Coalitions | str,
+    grid: tuple[int, int],
+    removal: str = "zero",
+    chunk_size: int | None = None,
+    **inputs: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What maps are compared with by `faithfulness`, whose arguments these are: coalitions, and logits of the classes.
+
+    Returns:
+        boolean (n, N), the same for all images, and (B, K, n) float64.
+    """
+    check_coalitions(num_coalitions)
+    how = Coalitions(coalitions) if isinstance(coalitions, str) else coalitions
+    keep = how.draw(1, num_coalitions, grid, torch.Generator().manual_seed(1))[0].to(pixel_values.device)
+    masks = keep.expand(len(pixel_values), -1, -1)
+    embeddings = classifier.embed_masked(pixel_values, masks, grid, removal, chunk_size, **inputs)
+    return keep, evidence_of(RULES["logit"], embeddings, classifier, class_idx).double()
 
 
 def r_squared(foretold: Tensor, true: Tensor) -> Tensor:

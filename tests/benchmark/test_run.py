@@ -101,6 +101,28 @@ def test_images_are_those_of_the_pipeline(report, settings):
     assert explain.model.config.hops == HOPS
 
 
+def test_faithfulness_is_recomputed_coalition_by_coalition(report, settings):
+    """Each coalition is shown by hand, and correlated with the sum of the pipeline's scores by numpy."""
+    data = datasets.Dataset.from_parquet(settings["test_files"][0])
+    images = [data[row]["image"] for row in report["rows"]]
+    explain = pipeline("transferable-attribution", model=settings["model"], classifier=settings["classifier"])
+    classifier = tve_hf.split_classifier(settings["classifier"])
+    coalitions = tve_hf.coalitions.Coalitions().draw(1, 64, (GRID, GRID), torch.Generator().manual_seed(1))[0]
+    for image, found in zip(images, report["per_image"]["tve/faithfulness"], strict=True):
+        (result,) = explain(image, rule="log_prob")
+        pixel_values = classifier.image_processor(image, return_tensors="pt")["pixel_values"]
+        side = pixel_values.shape[-1] // GRID
+        logits = []
+        for keep in coalitions:
+            shown = keep.view(GRID, GRID).repeat_interleave(side, 0).repeat_interleave(side, 1)
+            with torch.no_grad():
+                logits.append(classifier(pixel_values * shown).logits[0, result["class_idx"]].item())
+        sums = [result["attribution"].flatten()[keep.numpy()].sum() for keep in coalitions]
+        assert found == pytest.approx(np.corrcoef(sums, logits)[0, 1], abs=2e-4)
+    medians = {spec: np.median(report["per_image"][f"{spec}/faithfulness"]) for spec in METHODS}
+    assert report["summary"]["faithfulness"] == pytest.approx(medians, abs=1e-4)
+
+
 def test_same_seed_same_report(report, settings, tmp_path):
     again = evaluate(EvaluateArguments(**settings, output_dir=str(tmp_path / "again")))
     assert json.loads((tmp_path / "again" / "report.json").read_text())["per_image"] == report["per_image"]

@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import methods
 from ..attribution import exact_meta_attribution, rule_of, transfer
 from ..classifiers import SplitClassifier
-from ..faithfulness import faithfulness
+from ..coalitions import Coalitions
+from ..faithfulness import faithfulness, true_logits
 from ..fidelity import fidelity
 from ..geometry import seen_region
 from ..modeling_tve import TVEExplainer
@@ -26,7 +27,7 @@ from ..vit_shapley.modeling import ShapleyExplainer
 from .cells import Cells, digest
 from .cost import Cost, counting
 
-NUM_COALITIONS = 64  # that an explainer of random backgrounds is to foretell, for each image
+NUM_COALITIONS = 64  # that maps are to foretell, for each image
 # Tensors of a cell that are of its whole batch; all others have a row for each image.
 _OF_A_BATCH = {*(field.name for field in fields(Cost)), "sparsity"}
 
@@ -71,6 +72,12 @@ def agreement(
         "exact": scores.unflatten(1, shape),
         **_costs("exact", exact_cost),
     }
+
+
+def foretelling(scores: Tensor, coalitions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Faithfulness correlation of maps (B, rows, cols): sums of scores against true logits over coalitions, (B,)."""
+    keep, true = (coalitions[name].to(scores.device).double() for name in ("keep", "true"))
+    return {"faithfulness": pearson(scores.flatten(1).double() @ keep.T, true)}
 
 
 def _costs(name: str, cost: Cost) -> dict[str, Tensor]:
@@ -211,13 +218,32 @@ class Judge:
             for name in {"tve", "exact"} & both.keys():
                 maps = {key: both[f"{name}/{key}"] for key in ("seconds", "forward", "backward")}
                 cell(f"maps/{name}", partial(dict, maps, scores=both[name]))
+        true = cell(f"coalitions/{self.backgrounds}", lambda: self.coalitions(pixel_values, class_idx))
         for spec in self.specs:
             explain = partial(self.explain, spec, pixel_values, class_idx, start)
             maps = cell(f"maps/{spec}", explain)
             scores = maps["scores"].to(pixel_values.device)
+            cell(f"faithfulness/{self.backgrounds}/{spec}", partial(foretelling, scores, true))
             for removal in self.removals:
                 judged = partial(self.fidelity, pixel_values, scores, class_idx, removal)
                 cell(f"fidelity/{removal}/{spec}", judged)
+
+    @property
+    def distribution(self) -> Coalitions:
+        """Of the coalitions that every map is to foretell: the explainer's, where it learnt from any."""
+        config = self.explainer.config if self.explainer else None
+        return config.distribution if config and config.backgrounds == "random" else Coalitions()
+
+    @property
+    def backgrounds(self) -> str:
+        """What stands for these coalitions in the keys of cells."""
+        return f"{self.removals[0]}-{'-'.join(map(str, self.distribution))}"
+
+    def coalitions(self, pixel_values: Tensor, class_idx: Tensor) -> dict[str, Tensor]:
+        """Random coalitions, (n, N), and the true logits of each image's class with them, (B, n)."""
+        asked = NUM_COALITIONS, self.distribution, self.grid, self.removals[0]
+        keep, true = true_logits(self.classifier, pixel_values, class_idx[:, None], *asked)
+        return {"keep": keep, "true": true.squeeze(1)}
 
     def fidelity(self, pixel_values: Tensor, scores: Tensor, class_idx: Tensor, removal: str) -> dict[str, Tensor]:
         """Fidelity of one method's maps of a batch under one removal operator."""

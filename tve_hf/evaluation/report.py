@@ -28,11 +28,14 @@ def summarize(table: dict[str, Tensor], specs: list[str], removals: list[str]) -
     For each removal operator and method: mean and standard deviation of both AUC and of their difference, the gap; the
     95 % paired bootstrap interval of its distance to the gap of `random` and of `tve`, and the p-value of a paired
     sign-flip test of it, Holm-corrected over the methods. The share of the gap of `exact` that `tve` has stands beside
-    them, for each removal operator.
+    them, for each removal operator, and of each method the median faithfulness correlation.
     """
     summary: dict[str, Any] = {
         name: reduce(table[key]).item() for name, (key, reduce) in _AGREEMENT.items() if key in table
     }
+    maps = {spec: table[f"{spec}/faithfulness"] for spec in specs if f"{spec}/faithfulness" in table}
+    if maps:  # of each method's maps; a constant one foretells nothing
+        summary["faithfulness"] = {spec: column.nan_to_num().median().item() for spec, column in maps.items()}
     summary["fidelity"] = {}
     shares: dict[str, float] = {}
     order: dict[str, list[float]] = {}
@@ -91,17 +94,27 @@ def table_of(report: dict[str, Any]) -> str:
         "Fidelity+ less Fidelity−. Intervals: 95 % paired bootstrap; p: paired sign-flip test, Holm-corrected. Cost "
         "for each image: seconds in this run, and passes of the classifier, forward + backward.",
     ]
+    correlations = report["summary"].get("faithfulness", {})
+    if correlations:
+        lines[0] += (
+            " Faithfulness: correlation of the sum of the scores in a random set of patches with the class's logit "
+            "when that set alone is visible, median over images."
+        )
+    column = " faithfulness ↑ |" if correlations else ""
     for removal, rows in report["summary"]["fidelity"].items():
         lines += [
             f"\n**Removed pixels: {removal}**\n",
-            "| method | Fidelity+ ↑ | Fidelity− ↓ | difference ↑ | above random | above tve | seconds | passes |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            f"| method | Fidelity+ ↑ | Fidelity− ↓ | difference ↑ | above random | above tve |{column} seconds "
+            "| passes |",
+            f"| --- | --- | --- | --- | --- | --- |{' --- |' if column else ''} --- | --- |",
         ]
         for spec, row in sorted(rows.items(), key=lambda item: -item[1]["gap"][0]):
             cells = [f"{mean:.3f} ± {sd:.3f}" for mean, sd in (row["plus_auc"], row["minus_auc"], row["gap"])]
             cost = report["cost"][spec]
             passes = f"{cost['forward']:.4g} + {cost['backward']:.4g}"
-            cells += [_interval(row, "random"), _interval(row, "tve"), f"{cost['seconds']:.3g}", passes]
+            cells += [_interval(row, "random"), _interval(row, "tve")]
+            cells += [f"{correlations[spec]:.3f}"] if correlations else []
+            cells += [f"{cost['seconds']:.3g}", passes]
             lines.append(f"| {spec} | " + " | ".join(cells) + " |")
     if report.get("refused"):
         lines.append("\nNot for this classifier:\n")
