@@ -117,7 +117,8 @@ def find_weights(source: Source, variant: str | None = None) -> list[Path]:
 
     Raises:
         OSError: If there are none, or one is missing.
-        ValueError: If the index names anything else than files beside it, or a file is damaged.
+        ValueError: If the index names anything else than files beside it, or of a folder beside that of `source`, or a
+            file is damaged.
     """
 
     def named(filename: str) -> str:
@@ -139,7 +140,9 @@ def find_weights(source: Source, variant: str | None = None) -> list[Path]:
         raise ValueError(f"{index.name} of {source.name} is damaged (it names no files); {_FETCH_AGAIN}.")
     files = []
     for shard in sorted(set(map(str, content["weight_map"].values()))):
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+        # Folders on disk may share a file, as classifiers of one backbone do; a repository has nothing beside it.
+        beside = "" if source.hub else r"(\.\./[\w-][\w.-]*/)?"
+        if not re.fullmatch(beside + r"[\w-][\w.-]*\.safetensors", shard):
             raise ValueError(
                 f"{index.name} of {source.name} names {shard!r}, which is no safetensors file beside it; "
                 "do not trust this checkpoint."

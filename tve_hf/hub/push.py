@@ -20,8 +20,9 @@ from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, Aut
 from transformers.utils import logging
 from yaml import YAMLError
 
+from ..files import dumps
 from ..hub_errors import asking_hub
-from ..weights import check_report, find_weights, open_source
+from ..weights import INDEX, check_report, find_weights, open_source
 from .model_card import PICTURE, read_json, render_card, report_file, task_of
 from .remote_code import code_files, config_with_code
 
@@ -118,7 +119,7 @@ def prepare(
         OSError: If there is no token, it may not write there, or the Hub cannot be reached.
     """
     results = results or []
-    files: dict[str, Path | bytes] = dict(_checked_files(folder))
+    files = _checked_files(folder)
     if read_json(folder / "config.json")["model_type"] == "tve":
         files["config.json"] = config_with_code(folder).encode()
         files |= {name: text.encode() for name, text in code_files().items()}
@@ -162,7 +163,7 @@ def publish(folder: Path, repo_id: str, private: bool) -> None:
             time.sleep(2**attempt)
 
 
-def _checked_files(folder: Path) -> dict[str, Path]:
+def _checked_files(folder: Path) -> dict[str, Path | bytes]:
     """The files to send, by name; they load, and their weights are finite."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; pass that of a checkpoint.")
@@ -180,9 +181,15 @@ def _checked_files(folder: Path) -> dict[str, Path]:
                 if not torch.isfinite(tensors.get_tensor(key)).all():
                     raise ValueError(f"{path} holds NaN or infinity in {key}; train it again before pushing it.")
     _check_loads(folder)
-    index = sorted(folder.glob("model.safetensors.index.json")) if len(weights) > 1 else []
     picture = [path for path in [folder / PICTURE] if path.is_file()]
-    return {path.name: path for path in [*(folder / name for name in FILES), *index, *weights, *picture]}
+    files: dict[str, Path | bytes] = {
+        path.name: path for path in [*(folder / name for name in FILES), *weights, *picture]
+    }
+    if len(weights) > 1:  # some of them maybe of a folder beside this one, which is not sent
+        index = read_json(folder / INDEX)
+        index["weight_map"] = {name: Path(shard).name for name, shard in index["weight_map"].items()}
+        files[INDEX] = (dumps(index, indent=1) + "\n").encode()
+    return files
 
 
 def _check_loads(folder: Path) -> None:
