@@ -116,6 +116,8 @@ class TVEConfig(BackboneReaderConfig):
             Shapley values, which sum to G(x) - G(empty image).
         coalition_prob: `"independent"` coalitions: probability with which each patch is kept.
         coalition_scale: `"smooth"` coalitions: standard deviation of the blur of their fields, in patches.
+        pooled_feature: `"backbone"` trunk, random backgrounds: the one of `feature_names` whose mean over positions is
+            G(x), so that predictions start from what each position adds to it; None if there is none.
         refine_coalitions: random backgrounds: the distribution of the coalitions that `refine` computes.
         refine_strength: random backgrounds: how noisy a masked pass is, in units of the uncertainty of one score, when
             `refine` weighs it against the prediction; see `refinement.py`. Fitted on the validation images.
@@ -171,6 +173,7 @@ class TVEConfig(BackboneReaderConfig):
     coalitions: CoalitionName = "smooth"
     coalition_prob: float = 0.5
     coalition_scale: float = 0.7
+    pooled_feature: str | None = None
     label_removals: list[str] = field(default_factory=lambda: ["zero"])
     refine_coalitions: CoalitionName = "independent"
     refine_strength: float = 5.0
@@ -217,8 +220,19 @@ class TVEConfig(BackboneReaderConfig):
             self.distribution.check(self.grid_shape)
             if self.refine_strength <= 0:
                 raise ValueError(f"refine_strength is {self.refine_strength}, it must be above 0.")
+            if self.pooled_feature is not None:
+                self._validate_pooled_feature(self.pooled_feature)
             if not self.label_removals:
                 raise ValueError('label_removals is empty, name what replaces removed pixels, for example ["zero"].')
+
+    def _validate_pooled_feature(self, name: str) -> None:
+        """Check that this is a feature map of as many channels as an embedding has."""
+        dims = dict(zip(self.feature_names, self.feature_dims, strict=True))
+        if dims.get(name) != self.embedding_dim:
+            raise ValueError(
+                f"pooled_feature={name!r} has {dims.get(name, 'no')} channels and an embedding {self.embedding_dim}; "
+                "name a feature map whose mean is the embedding, or None."
+            )
 
     def _validate_mae(self) -> None:
         """Check that the Mask-AutoEncoder cuts the image into exactly the patches of the grid."""

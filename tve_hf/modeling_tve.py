@@ -100,8 +100,8 @@ class TVEPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
         elif isinstance(module, TVEBackboneReader):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
-            if isinstance(module, TVEBackboneTrunk):
-                init.zeros_(module.empty_embedding)
+            for tensor in module.starting_at_zero() if isinstance(module, TVEBackboneTrunk) else ():
+                init.zeros_(tensor)
         elif isinstance(module, TVEMAETrunk) and module.empty_embedding is not None:
             init.zeros_(module.empty_embedding)
         elif isinstance(module, ViTMAEDecoder):

@@ -130,7 +130,9 @@ class TVEBackboneTrunk(TVEBackboneReader):
     paper, whose explainer reads pixels only.
 
     For random backgrounds it predicts phi_z and, as a mean over the patches, how far base is from what it would be if
-    the embedding changed evenly from G(empty image) to G(x); both start at zero too.
+    the embedding changed evenly from G(empty image) to G(x); both start at zero too. Where G(x) is the mean of a
+    feature map A, phi_z is predicted as a difference from what the positions in z add to it, each dimension of
+    (A_z - G(empty image)) / N scaled by itself.
     """
 
     heads = ("differences",)  # modules whose outputs mean something else for other backgrounds
@@ -141,6 +143,14 @@ class TVEBackboneTrunk(TVEBackboneReader):
         self.keep_prob = config.distribution.keep_prob
         self.differences = TVEDifferenceHead(config.hidden_size, 2 * config.embedding_dim)
         self.register_buffer("empty_embedding", torch.zeros(config.embedding_dim))
+        self.pooled: int | None = None
+        if config.backgrounds == "random" and config.pooled_feature is not None:
+            self.pooled = config.feature_names.index(config.pooled_feature)
+            self.share_change = nn.Parameter(torch.zeros(config.embedding_dim))
+
+    def starting_at_zero(self) -> list[torch.Tensor]:
+        """Weights and buffers that are zero before training, besides those of the heads."""
+        return [self.empty_embedding, *([] if self.pooled is None else [self.share_change])]
 
     def forward(
         self,
@@ -156,8 +166,21 @@ class TVEBackboneTrunk(TVEBackboneReader):
         hidden, embeddings = self.read(pixel_values, features, embeddings, patch_idx)
         if self.config.backgrounds == "random":
             phi, base_change = self.differences(hidden).chunk(2, dim=-1)  # 2 x (B, k, D)
+            if self.pooled is not None and features is not None:
+                phi = phi + self.shares(features[self.pooled])
             evenly = torch.lerp(self.empty_embedding, embeddings.to(self.empty_embedding.dtype), self.keep_prob)
             return phi, evenly + base_change.mean(1)
         kept_change, removed_change = self.differences(hidden).chunk(2, dim=-1)  # 2 x (B, k, D)
         # Added to the embeddings as given: rounding them to bfloat16 weights would cost more than the differences.
         return self.empty_embedding.to(embeddings.dtype) + kept_change, embeddings[:, None] + removed_change
+
+    def shares(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """What the positions in each patch add to the mean of a feature map (B, D, h, w), scaled, (B, N, D)."""
+        resized = nn.functional.interpolate(
+            feature_map.to(self.empty_embedding.dtype),
+            size=self.config.grid_shape,
+            mode="bilinear",
+            align_corners=False,
+        )
+        added = resized.flatten(2).transpose(1, 2) - self.empty_embedding
+        return (1 + self.share_change) * added / added.shape[1]

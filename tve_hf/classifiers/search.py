@@ -126,8 +126,19 @@ def find_layouts(calls: list[Call], pixel_values: Tensor) -> dict[str, MapLayout
     return {name: layout for name, layout in layouts if layout is not None}
 
 
-def find_features(calls: list[Call], head_name: str, layouts: dict[str, MapLayout]) -> tuple[str, ...]:
-    """Choose the blocks before the head, at fixed shares of the depth, whose outputs are feature maps."""
+def find_features(
+    calls: list[Call], head_name: str, layouts: dict[str, MapLayout], pixel_values: Tensor
+) -> tuple[str, ...]:
+    """Choose the blocks before the head, at fixed shares of the depth, whose outputs are feature maps.
+
+    And the map whose mean over its positions the head reads, if there is one: it says what each position adds.
+
+    Args:
+        calls: of a traced pass.
+        head_name: the module that gives the logits.
+        layouts: of the modules that give feature maps.
+        pixel_values: the traced images, (B, C, H, W).
+    """
     names = [call.name for call in calls]
     maps = [name for name in names[: names.index(head_name)] if names.count(name) == 1 and name in layouts]
     # Blocks are what stands in a list: `layers.3`, `stages.1`. Any module will do where a model has none.
@@ -135,7 +146,24 @@ def find_features(calls: list[Call], head_name: str, layouts: dict[str, MapLayou
     outer = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
     blocks = outer if len(outer) >= len(FEATURE_DEPTHS) else blocks
     positions = sorted({math.ceil(depth * len(blocks)) - 1 for depth in FEATURE_DEPTHS}) if blocks else []
-    return tuple(blocks[i] for i in positions)
+    chosen = [blocks[i] for i in positions]
+    embeddings = calls[names.index(head_name)].input
+    outputs = {call.name: call.outputs for call in calls}
+
+    def is_pooled(name: str) -> bool:
+        tensor = layouts[name].tensor_in(outputs[name], len(pixel_values))
+        return is_mean_of(embeddings, layouts[name].as_map(tensor, *pixel_values.shape[-2:]))
+
+    if not any(map(is_pooled, chosen)):
+        chosen += [name for name in maps if is_pooled(name)][-1:]
+    return tuple(chosen)
+
+
+def is_mean_of(embeddings: Tensor, feature_map: Tensor | None) -> bool:
+    """Whether embeddings, (B, D, ...), are the mean of a feature map (B, C, h, w) over its positions."""
+    if feature_map is None or embeddings.numel() != feature_map.shape[0] * feature_map.shape[1]:
+        return False
+    return not differ(feature_map.mean((2, 3)), embeddings.reshape(feature_map.shape[:2]))
 
 
 def check_inputs(model: nn.Module) -> None:

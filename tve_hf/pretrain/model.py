@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from ..classifiers import SplitClassifier
+from ..classifiers.search import is_mean_of
 from ..compatibility import fit
 from ..configuration_tve import TVEConfig
 from ..geometry import normalization
@@ -38,12 +39,16 @@ def config_for(classifier: SplitClassifier, grid_size: GridSize | None, hops: in
     rows, columns = classifier.default_grid() if grid_size is None else as_pair(grid_size)
     with torch.no_grad():
         output = classifier.backbone(**probe)
+    names = classifier.backbone.feature_names
+    maps = zip(names, output.features, strict=True)
+    pooled = [name for name, feature in maps if is_mean_of(output.embeddings, feature)]
     return TVEConfig(
         image_size=list(pixel_values.shape[-2:]),
         grid_size=rows if rows == columns else [rows, columns],
         hops=hops,
         embedding_dim=classifier.embedding_dim,
-        feature_names=list(classifier.backbone.feature_names),
+        feature_names=list(names),
+        pooled_feature=pooled[0] if pooled else None,
         feature_dims=[feature.shape[1] for feature in output.features],
         **_identity(classifier),
         **sizes,
