@@ -134,6 +134,14 @@ def test_auto_config_finds_it(tmp_path) -> None:
         ({"feature_dims": [4, 0], "feature_names": ["a", "b"]}, r"feature_dims\[1\] is 0"),
         ({"feature_dims": [4]}, "give one name per feature map"),
         ({"num_attention_heads": 3}, "num_attention_heads=3"),
+        (
+            {"backgrounds": "random", "pooled_feature": "norm"},
+            "pooled_feature='norm' has no channels and an embedding",
+        ),
+        (
+            {"backgrounds": "random", "pooled_feature": "a", "feature_dims": [4], "feature_names": ["a"]},
+            "has 4 channels and an embedding 768",
+        ),
         ({"image_mean": [0.5]}, "image_mean has 1 entries"),
         ({"image_std": [1.0, 1.0]}, "image_std has 2 entries"),
         ({"mae_config": MAE}, 'not used by trunk="backbone"'),

@@ -16,6 +16,39 @@ def test_backbone_trunk_starts_at_no_difference() -> None:
     assert torch.equal(out.removed, inputs["embeddings"][:, None].expand(BATCH, ROWS * COLS, DIM))
 
 
+def test_without_training_maps_over_a_pooled_map_are_class_activation_maps() -> None:
+    """CAM (Zhou et al. 2016) less that of the empty image: w_y . (A_z - G(empty)) / N, whatever S is."""
+    config = backbone_config(backgrounds="random", feature_dims=[4, DIM], pooled_feature="norm")
+    explainer, inputs = build(config, spread=False), inputs_for(config)
+    feature_map = torch.randn(BATCH, DIM, ROWS, COLS)
+    inputs["features"] = (inputs["features"][0], feature_map)
+    inputs["embeddings"] = feature_map.mean((2, 3))
+    explainer.empty_embedding.copy_(torch.randn(DIM))
+    out = explainer(**inputs)
+    head = torch.randn(DIM)
+    for image in range(BATCH):
+        for patch in range(ROWS * COLS):
+            activation = feature_map[image, :, patch // COLS, patch % COLS]
+            expected = head @ (activation - explainer.empty_embedding) / (ROWS * COLS)
+            found = head @ (out.kept - out.removed)[image, patch]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    total = (out.kept - out.removed).sum(1)
+    torch.testing.assert_close(total, inputs["embeddings"] - explainer.empty_embedding, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        explainer.trunk.share_change[2] = -1.0  # a dimension of which a position's share says nothing
+    again = explainer(**inputs)
+    assert torch.equal((again.kept - again.removed)[..., 2], torch.zeros(BATCH, ROWS * COLS))
+
+
+def test_a_share_missing_from_a_checkpoint_starts_at_one(tmp_path) -> None:
+    config = backbone_config(backgrounds="random", feature_dims=[4, DIM], pooled_feature="norm")
+    state = (explainer := build(config)).state_dict()
+    rest = {name: value for name, value in state.items() if name != "trunk.share_change"}
+    explainer.save_pretrained(tmp_path, state_dict=rest)
+    loaded = TVEExplainer.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert torch.equal(loaded.trunk.share_change, torch.zeros(DIM))
+
+
 def test_weights_missing_from_a_checkpoint_start_like_new_ones(tmp_path) -> None:
     explainer = build(backbone_config())
     missing = {"trunk.differences.weight", "trunk.differences.bias", "trunk.empty_embedding"}

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import ViTImageProcessor
 from untouched import left_as_found
 
 from tve_hf import split_classifier
 from tve_hf.classifiers.search import differ
+from tve_hf.pretrain.model import config_for
 
 
 class Stages(nn.Module):
@@ -49,6 +51,37 @@ def test_eight_weighted_heads_are_told_apart_whatever_the_number_of_classes(
     assert classifier.embedding_dim == 4 + 5 + 6 + 7  # both heads of a stage are given the same
     x = images(3, 32)
     torch.testing.assert_close(classifier.head(classifier.embed(x)), model(x), atol=1e-5, rtol=1e-5)
+
+
+class Pooled(nn.Module):
+    """Blocks, a last convolution that is none of them, its mean, and a head."""
+
+    def __init__(self, channels_last: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Conv2d(3 if i == 0 else 4, 4, 3, padding=1, stride=2) for i in range(3))
+        self.widen = nn.Conv2d(4, 6, 1)
+        self.order = nn.Identity()
+        self.head = nn.Linear(6, 5)
+        self.channels_last = channels_last
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        for block in self.blocks:
+            pixel_values = block(pixel_values).tanh()
+        wide = self.widen(pixel_values).tanh()
+        seen = self.order(wide.movedim(1, -1) if self.channels_last else wide)
+        return self.head(seen.mean((1, 2) if self.channels_last else (2, 3)))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@torch.no_grad()
+def test_the_map_that_the_head_reads_the_mean_of_is_among_the_features(randomized, images, channels_last) -> None:
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    classifier = split_classifier(randomized(Pooled(channels_last)).eval(), processor)
+    assert classifier.backbone.feature_names == ("blocks.0", "blocks.1", "blocks.2", "order")
+    config = config_for(classifier, 4, 1)
+    assert config.pooled_feature == "order" and config.feature_dims == [4, 4, 4, 6]
+    out = classifier(images(2, 32))
+    torch.testing.assert_close(out.features[-1].mean((2, 3)), out.embeddings)
 
 
 class Tokens(nn.Module):
