@@ -113,7 +113,7 @@ def table_of(report: dict[str, Any]) -> str:
             cost = report["cost"][spec]
             passes = f"{cost['forward']:.4g} + {cost['backward']:.4g}"
             cells += [_interval(row, "random"), _interval(row, "tve")]
-            cells += [f"{correlations[spec]:.3f}"] if correlations else []
+            cells += [f"{correlations[spec]:.3f}" if spec in correlations else ""] if correlations else []
             cells += [f"{cost['seconds']:.3g}", passes]
             lines.append(f"| {spec} | " + " | ".join(cells) + " |")
     if report.get("refused"):
