@@ -33,6 +33,6 @@ def test_a_photograph_passes_few_files_to_become_a_picture(tmp_path):
     photograph = tmp_path / "photo.png"
     noise_image(0, (90, 70)).save(photograph)
     explain = pipeline("transferable-attribution")
-    files = walk(lambda: explain(str(photograph)))
-    assert files[0] == "pipeline_tve.py" and files[-1] == "visualization.py"
+    files = walk(lambda: explain(str(photograph))[0]["overlay"])
+    assert files[0] == "pipeline_tve.py" and files[-1] == "visualization/drawing.py"
     assert len(files) <= 9, files

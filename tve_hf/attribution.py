@@ -63,6 +63,18 @@ DEFAULT_RULE = "logit_averaged"
 # The same for each kind of explainer. Those of random backgrounds already average over what surrounds a patch.
 DEFAULT_RULES = {"antithetical": DEFAULT_RULE, "random": "prob"}
 
+_UNITS = {
+    _log_prob: "change of log-probability, nats",
+    _logit: "change of logit",
+    _prob: "change of probability",
+}
+
+
+def unit_of(name: str) -> str:
+    """The unit of the scores that a rule makes; raises ValueError for an unknown one."""
+    rule = rule_named(name)
+    return "standard deviations" if rule.standardized else _UNITS[rule.evidence]
+
 
 def rule_of(config: TVEConfig) -> str:
     """The rule for what an explainer predicts, where nothing else is asked for: its own, or that of its kind."""

@@ -148,7 +148,7 @@ def _save(image: str, results: list[dict[str, Any]], folder: Path, stem: str) ->
     for rank, result in enumerate(results, 1):
         path = folder / (f"{stem}.png" if len(results) == 1 else f"{stem}.{rank}.png")
         _write(path, result["overlay"].save)
-        numbers = {key: value for key, value in result.items() if key not in ("overlay", "heatmap")}
+        numbers = {key: result[key] for key in result if key not in ("heatmap", "overlay", "figure")}
         record["explanations"].append(numbers | {"attribution": result["attribution"].tolist(), "overlay": str(path)})
     _write(folder / f"{stem}.json", partial(Path.write_text, data=dumps(record) + "\n"))
     return record

@@ -1,5 +1,6 @@
-"""What an image processor shows of an image, and how it changes colours, found by looking at what comes out of it."""
+"""What an image processor shows of an image, and how it changes colours, found by looking; where patches lie on it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,14 +8,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+Region = tuple[float, float, float, float]  # (left, top, right, bottom), pixels of an image
 
-def seen_region(image_processor: Callable[..., Any], size: tuple[int, int]) -> tuple[float, float, float, float]:
+_LOOKED_AT = 1024  # pixels of the longer side, of the smaller stand-ins for large images
+
+
+def seen_region(image_processor: Callable[..., Any], size: tuple[int, int]) -> Region:
     """Find the part of an original image that a processor shows to the model, by looking at what comes out.
 
     Attributes such as `crop_pct` mean something else in every processor. Instead, one image with a ramp from left to
     right in red, one from top to bottom in green, and full blue goes through it; position = a * pixel + b is fitted to
-    what comes out. Small flat images tell how the processor changes colours. The cost is that of processing one image
-    of this size; callers with many images of one size may want to remember the answer.
+    what comes out. Small flat images tell how the processor changes colours. In place of a large image, two of its
+    shape with longer sides of 1024 and 512 pixels go through it, unless what it shows of them differs. The cost is
+    that of processing these images; callers with many images of one size may want to remember the answer.
 
     Args:
         image_processor: turns PIL images into {"pixel_values": (B, 3, H, W)}, by any resize, crop and padding.
@@ -30,6 +36,21 @@ def seen_region(image_processor: Callable[..., Any], size: tuple[int, int]) -> t
         ValueError: if the processor gives neither (B, 3, H, W) pixels nor such rows, turns the image, or mixes colours
             so that they cannot be told apart.
     """
+    if max(size) > 2 * _LOOKED_AT:
+        regions = [_relative_region(image_processor, size, side) for side in (_LOOKED_AT, _LOOKED_AT // 2)]
+        if np.abs(np.subtract(*regions)).max() < 0.01:  # else it does not depend on the shape of the image alone
+            left, top, right, bottom = np.multiply(regions[0], (*size, *size)).tolist()
+            return left, top, right, bottom
+    return _seen_region(image_processor, size)
+
+
+def _relative_region(image_processor: Callable[..., Any], size: tuple[int, int], longest: int) -> np.ndarray:
+    """The region of an image of this shape with another longer side, as shares of its sides."""
+    width, height = (max(1, round(side * longest / max(size))) for side in size)
+    return np.divide(_seen_region(image_processor, (width, height)), (width, height, width, height))
+
+
+def _seen_region(image_processor: Callable[..., Any], size: tuple[int, int]) -> Region:
     colors = [(64, 64, 64), (192, 64, 64), (64, 192, 64), (64, 64, 192)]
     flat = _process(image_processor, [Image.new("RGB", (32, 32), color) for color in colors])  # (4, 3, h, w)
     response = flat[1:] - flat[0]  # (3 in, 3 out, h, w)
@@ -65,6 +86,61 @@ def normalization(image_processor: Callable[..., Any]) -> tuple[list[float], lis
     black, white = (pixels[:, row, col].astype(np.float64) for pixels in (black, white))
     std = 1 / (white - black)
     return (-black * std).round(6).tolist(), std.round(6).tolist()
+
+
+class PatchMap:
+    """A map of patch scores, spread over the pixels of an image.
+
+    Args:
+        scores: (rows, cols), any finite values.
+        size: (width, height) of the image, pixels.
+        region: the part of the image that the scores cover; it may exceed the image. The whole image if None.
+
+    Raises:
+        ValueError: if the scores are not a finite (rows, cols) map, or the region lies outside the image.
+    """
+
+    def __init__(self, scores: torch.Tensor | np.ndarray, size: tuple[int, int], region: Region | None = None):
+        as_array = scores.detach().cpu().double().numpy() if isinstance(scores, torch.Tensor) else scores
+        self.scores = np.asarray(as_array, np.float64)
+        if self.scores.ndim != 2 or 0 in self.scores.shape:
+            raise ValueError(f"Expected scores (rows, cols), got shape {self.scores.shape}: draw one map at a time.")
+        if not np.isfinite(self.scores).all():
+            raise ValueError("The scores contain NaN or infinite values, so there is no map to draw.")
+        self.size = width, height = size
+        self.left, self.top, self.right, self.bottom = region or (0.0, 0.0, float(width), float(height))
+        self.columns = covered_pixels(self.left, self.right, width)
+        self.rows = covered_pixels(self.top, self.bottom, height)
+
+    def band(self, begin: int, stop: int, smooth: bool, outside: float) -> np.ndarray:
+        """The scores on the rows begin to stop of the image, (stop - begin, width), float32.
+
+        Args:
+            smooth: pass over evenly from the middle of one patch to the next. No value is then beyond those of the
+                patches around it, as it would be by cubic interpolation, which surrounds evidence for a class by some
+                against it. Otherwise each patch is a block.
+            outside: what pixels have that the map does not cover.
+        """
+        band = np.full((stop - begin, self.size[0]), outside, np.float32)
+        (x0, x1), (y0, y1) = self.columns, (max(begin, self.rows[0]), min(stop, self.rows[1]))
+        if y0 >= y1:
+            return band
+        rows, columns = self.scores.shape
+        xs = np.clip((np.array([x0, x1]) - self.left) * columns / (self.right - self.left), 0, columns)
+        ys = np.clip((np.array([y0, y1]) - self.top) * rows / (self.bottom - self.top), 0, rows)
+        how = Image.Resampling.HAMMING if smooth else Image.Resampling.BOX
+        patches = Image.fromarray(self.scores.astype(np.float32))
+        box = float(xs[0]), float(ys[0]), float(xs[1]), float(ys[1])
+        band[y0 - begin : y1 - begin, x0:x1] = np.asarray(patches.resize((x1 - x0, y1 - y0), how, box))
+        return band
+
+
+def covered_pixels(begin: float, end: float, side: int) -> tuple[int, int]:
+    """The first pixel whose centre lies in a span of an image's side, and the first after it that does not."""
+    first, stop = max(0, math.ceil(begin - 0.5)), min(side, math.ceil(end - 0.5))
+    if not (first < stop):
+        raise ValueError(f"The region from {begin:g} to {end:g} covers no pixel of a side of {side} pixels.")
+    return first, stop
 
 
 def _process(image_processor: Callable[..., Any], images: list[Image.Image]) -> np.ndarray:

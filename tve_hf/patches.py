@@ -260,3 +260,11 @@ def embed_masked_images(
             rows.append(embed(masked, **others).unflatten(0, masks.shape[:2]))
         embeddings.append(torch.cat(rows, dim=1))
     return torch.cat(embeddings)
+
+
+def min_max(values: Tensor) -> Tensor:
+    """Scale maps (..., rows, cols) to 0..1, each by itself; a constant one becomes zeros."""
+    low, high = (bound(values, (-2, -1), keepdim=True) for bound in (torch.amin, torch.amax))
+    # Differences within rounding are no structure: at full contrast they would be noise.
+    flat = high - low <= 4 * torch.finfo(torch.float32).eps * torch.maximum(low.abs(), high.abs())
+    return ((values - low) / (high - low).masked_fill(flat, 1)).masked_fill(flat, 0)

@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, BaseImageProcessor, Pipeline, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .attribution import rule_named, rule_of, transfer
+from .attribution import rule_named, rule_of, transfer, unit_of
 from .classifiers import SplitClassifier, split_classifier
 from .classifiers.wrapped import is_dispatched
 from .compatibility import find, fit
 from .faithfulness import check_coalitions, faithfulness
-from .geometry import seen_region
+from .geometry import Region, seen_region
 from .images import TIMEOUT, images_of, load_image
 from .refinement import Refinement, check_refinement
 from .released import DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER, EXPLAINERS
 from .verification import verify
-from .visualization import Region, heatmap, overlay
+from .visualization import MAX_SIZE, Explanation, Photograph
+
+_NOT_GIVEN: Any = object()  # where None means something
 
 
 def _split(
@@ -81,8 +83,7 @@ class TransferableAttributionPipeline(Pipeline):
     - **label**, **class_idx**, **score**: the class and the probability that the classifier gives it;
     - **attribution**: the raw signed map, a float32 array (rows, cols); positive supports the class;
     - **rule**: the rule of `tve_hf.attribution.RULES` that made it;
-    - **heatmap**: the map drawn on the image's geometry, a float32 array (H, W) in [0, 1];
-    - **overlay**: a PIL picture of the image's size;
+    - **heatmap**, **overlay**, **figure**: drawn when first asked for, see `tve_hf.visualization.Explanation`;
     - **verification**: with `verify=n`, predicted against exact scores on n random patches; or, for explainers of
       random backgrounds, `r2` and `pearson` of predicted against true logits of n random coalitions.
     """
@@ -140,6 +141,8 @@ class TransferableAttributionPipeline(Pipeline):
         timeout: float | None = None,
         candidate_labels: Sequence[str] | None = None,
         hypothesis_template: str | Sequence[str] | None = None,
+        max_size: int | None = _NOT_GIVEN,
+        smooth: bool = _NOT_GIVEN,
     ) -> tuple[dict, dict, dict]:
         preprocess = {} if timeout is None else {"timeout": timeout}
         forward: dict[str, Any] = {}
@@ -174,7 +177,8 @@ class TransferableAttributionPipeline(Pipeline):
         if refine is not None:
             check_refinement(self.model.config, refine)
             forward["refine"] = refine
-        return preprocess, forward, {}
+        drawing = {"max_size": max_size, "smooth": smooth}
+        return preprocess, forward, {key: value for key, value in drawing.items() if value is not _NOT_GIVEN}
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Explain one image, or several.
@@ -191,11 +195,13 @@ class TransferableAttributionPipeline(Pipeline):
             refine: masked passes of the classifier that correct the map, for explainers of random backgrounds.
             timeout: seconds to wait for each step of a download; 10 by default.
             candidate_labels, hypothesis_template: other prompts for a zero-shot classifier, in this call.
+            max_size: pixels of the longer side of pictures, 1600 by default; None draws large images in full.
+            smooth: False draws each patch as a block.
             batch_size, num_workers: as in every pipeline.
 
         Returns:
-            A list of dicts, one for each class; for several images a list of such lists, or an iterator over them
-            where the images come one by one.
+            A list of `Explanation`, dicts, one for each class; for several images a list of such lists, or an iterator
+            over them where the images come one by one.
 
         Raises:
             ValueError, TypeError, OSError: If there is no image, an image cannot be read, or a class does not exist.
@@ -270,27 +276,25 @@ class TransferableAttributionPipeline(Pipeline):
         ]
         return ModelOutput(results=results)
 
-    def postprocess(self, model_outputs: ModelOutput) -> list[dict[str, Any]]:
+    def postprocess(
+        self, model_outputs: ModelOutput, max_size: int | None = MAX_SIZE, smooth: bool = True
+    ) -> list[Explanation]:
         result = model_outputs["results"]
         result = result[0] if isinstance(result, list) else result
         picture = result["image"]
         if picture.size not in self._regions:
             self._regions[picture.size] = seen_region(self.image_processor, picture.size)
-        region = self._regions[picture.size]
+        photograph = Photograph(picture, self._regions[picture.size], max_size)
         explanations = []
         for k, index in enumerate(result["class_idx"].tolist()):
-            attribution = result["attribution"][k].numpy()
-            drawn = heatmap(attribution, picture.size, region)
-            explanation = {
+            values = {
                 "label": result["labels"][k],
                 "class_idx": index,
                 "score": result["score"][k].item(),
-                "attribution": attribution,
+                "attribution": result["attribution"][k].numpy(),
                 "rule": result["rule"],
-                "heatmap": drawn,
-                "overlay": overlay(picture, drawn, region),
             }
             if result["verification"] is not None:
-                explanation["verification"] = asdict(result["verification"][k])
-            explanations.append(explanation)
+                values["verification"] = asdict(result["verification"][k])
+            explanations.append(Explanation(values, photograph, unit_of(result["rule"]), smooth))
         return explanations

@@ -22,7 +22,7 @@ from ..geometry import seen_region
 from ..modeling_tve import TVEExplainer
 from ..sources import read_image
 from ..verification import pearson, prediction_errors, spearman
-from ..visualization import gallery, heatmap, overlay
+from ..visualization import Photograph, gallery
 from ..vit_shapley.modeling import ShapleyExplainer
 from .cells import Cells, digest
 from .cost import Cost, counting
@@ -266,8 +266,7 @@ class Judge:
         rows = []
         for i in range(len(classes)):
             picture = read_image(self.data[i][self.image_column])
-            region = seen_region(self.classifier.image_processor, picture.size)
-            drawn = (heatmap(maps[spec][i], picture.size, region) for spec in self.specs)
-            rows.append([picture, *(overlay(picture, heat, region) for heat in drawn)])
+            photograph = Photograph(picture, seen_region(self.classifier.image_processor, picture.size), 448)
+            rows.append([photograph.image(), *(photograph.overlay(maps[spec][i]) for spec in self.specs)])
         titles = [self.classifier.id2label[index] for index in classes]
         return gallery(rows, ["image", *self.specs], titles)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..visualization import min_max
+from ..patches import min_max
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..classifiers import SplitClassifier
 from ..classifiers.tracing import first_tensor
-from ..visualization import min_max
+from ..patches import min_max
 from ._attention import Layout, attend, find_layout, replace_first
 from ._gradients import class_evidence, differentiable
 

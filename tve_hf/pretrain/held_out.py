@@ -12,7 +12,7 @@ from ..classifiers import SplitClassifier
 from ..configuration_tve import TVEConfig
 from ..fidelity import fidelity
 from ..verification import prediction_errors, spearman
-from ..visualization import gallery, heatmap, overlay
+from ..visualization import Photograph, color_limit, gallery
 
 NUM_PICTURES = 4
 
@@ -73,9 +73,10 @@ class HeldOut:
         rows = []
         grid = self.config.grid_shape
         for image, *maps in zip(self.pixel_values[:NUM_PICTURES], self.exact_scores, scores, strict=False):
-            photo = self._photo(image)
-            drawn = [overlay(photo, heatmap(values.float().unflatten(0, grid), photo.size)) for values in maps]
-            rows.append([photo, *drawn])
+            photograph = Photograph(self._photo(image))
+            exact, predicted = (values.float().unflatten(0, grid) for values in maps)
+            limit = color_limit(exact)  # of both, so that one too weak looks so
+            rows.append([photograph.image(), *(photograph.overlay(values, limit) for values in (exact, predicted))])
         return gallery(rows, ["image", self.reference, "predicted"])
 
     def _photo(self, pixel_values: Tensor) -> Image.Image:

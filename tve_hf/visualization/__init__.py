@@ -1,0 +1,17 @@
+"""Pictures of attributions: signed maps coloured over their photographs, with and without a legend."""
+
+from ..geometry import Region
+from .drawing import MAX_SIZE, Explanation, Photograph, color_limit, figure, heatmap, overlay
+from .sheet import gallery
+
+__all__ = [
+    "MAX_SIZE",
+    "Explanation",
+    "Photograph",
+    "Region",
+    "color_limit",
+    "figure",
+    "gallery",
+    "heatmap",
+    "overlay",
+]
