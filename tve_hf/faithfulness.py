@@ -49,6 +49,7 @@ def faithfulness(
     grid_size: GridSize | None = None,
     removal: str = "zero",
     chunk_size: int | None = None,
+    rule: str = "logit",
     **inputs: Tensor,
 ) -> list[list[Faithfulness]]:
     """Compare, over n fresh coalitions S, the sum of the scores in S with the class's logit when S alone is visible.
@@ -65,6 +66,7 @@ def faithfulness(
         grid_size: grid of the N patches; a square one if None.
         removal: what replaces removed pixels, a key of `patches.REMOVALS`.
         chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
+        rule: whose evidence the scores add up to, a key of `attribution.RULES`.
         inputs: what else the image processor returns and the classifier reads, one row for each image.
 
     Returns:
@@ -79,7 +81,7 @@ def faithfulness(
     keep = how.draw(1, num_coalitions, grid, torch.Generator().manual_seed(1))[0].to(scores.device)  # (n, N)
     masks = keep.expand(len(pixel_values), -1, -1)
     embeddings = classifier.embed_masked(pixel_values, masks, grid, removal, chunk_size, **inputs)
-    true = evidence_of(RULES["logit"], embeddings, classifier, class_idx).double()  # (B, K, n)
+    true = evidence_of(RULES[rule], embeddings, classifier, class_idx).double()  # (B, K, n)
     foretold = scores.double() @ keep.T.double()
     drawn = torch.randint(num_coalitions, (RESAMPLES, num_coalitions), generator=torch.Generator().manual_seed(0))
     resampled = r_squared(foretold[..., drawn.to(true.device)], true[..., drawn.to(true.device)])  # (B, K, RESAMPLES)
