@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
 from .classifiers import SplitClassifier
+from .classifiers.given import check_eval_mode
 from .classifiers.wrapped import named_weights
 from .configuration_tve import TVEConfig
 from .fingerprint import match
@@ -139,13 +140,13 @@ def saved_processor(explainer: PreTrainedModel) -> BaseImageProcessor | None:
         return None
 
 
-def find(names: Iterable[str], classifier: SplitClassifier, image_processor: Any = None) -> str:
+def find(names: Iterable[str], classifier: SplitClassifier) -> str:
     """Return the first of these explainers that was pre-trained for the classifier's weights, or else architecture.
 
     Raises:
         NoExplainerError: If none fits; the message says why, and how to train one.
     """
-    verdicts = {name: verdict_by_name(name, classifier, image_processor) for name in names}
+    verdicts = {name: verdict_by_name(name, classifier) for name in names}
     for wanted in _PREFERRED:
         for name, judged in verdicts.items():
             if judged.fit == wanted:
@@ -155,11 +156,7 @@ def find(names: Iterable[str], classifier: SplitClassifier, image_processor: Any
 
 
 def released(
-    names: Iterable[str],
-    default: TVEExplainer,
-    classifier: SplitClassifier,
-    image_processor: Any = None,
-    method: str | None = None,
+    names: Iterable[str], default: TVEExplainer, classifier: SplitClassifier, method: str | None = None
 ) -> TVEExplainer | None:
     """Load the first of these explainers that fits, which may be the default; None where a method needs none.
 
@@ -172,7 +169,7 @@ def released(
     if method not in (None, "tve"):
         return None
     try:
-        name = find(names, classifier, image_processor)
+        name = find(names, classifier)
     except NoExplainerError:
         if method is None:
             return None
@@ -194,8 +191,7 @@ def check_sound(classifier: SplitClassifier, explainer: nn.Module | None = None,
     Raises:
         ValueError: If the classifier is in train mode, or the weights of either are not finite.
     """
-    if classifier.training:
-        raise ValueError(f"{classifier.name} is in train mode, where dropout is active; call classifier.eval() first.")
+    check_eval_mode(classifier)
     owners: dict[str, nn.Module] = {} if explainer is None else {named: explainer}
     for owner, module in (owners | {f"The classifier {classifier.name}": classifier}).items():
         bad = [name for name, weight in named_weights(module) if not torch.isfinite(weight).all()]

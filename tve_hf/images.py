@@ -6,6 +6,7 @@ import reprlib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, BinaryIO, TypeAlias
 from urllib.parse import urlsplit
@@ -51,6 +52,8 @@ def load_image(image: ImageInput, timeout: float | None = TIMEOUT) -> Image.Imag
         TypeError: if the input is none of the above.
         ValueError: if the image cannot be downloaded or decoded, or its shape or values make no image.
     """
+    if isinstance(image, _Row):
+        return load_image(image.decoded(), timeout)
     name = _name(image)
     if isinstance(image, dict) and image.get("bytes") is not None:
         return _to_rgb(_open(image["bytes"], name), name)
@@ -77,14 +80,11 @@ def is_file(image: object) -> bool:
 def _bytes_of(image: Any, name: str) -> bytes:
     if not is_file(image):
         return bytes(image)
-    if getattr(image, "closed", False):
-        raise ValueError(f"{name} is closed: open it again, or pass its path.")
+    if getattr(image, "closed", False) or hasattr(image, "encoding"):
+        raise ValueError(f"{name} is closed, or open as text: open it with mode 'rb', or pass its path.")
     if image.seekable():
         image.seek(0)  # as PIL does
-    data = image.read()
-    if not isinstance(data, bytes):
-        raise TypeError(f"{name} is open as text: open it with mode 'rb', or pass its path.")
-    return data
+    return image.read()
 
 
 def _name(image: object) -> str:
@@ -265,7 +265,7 @@ def _naming(row: int, column: str) -> Iterator[None]:
 
 
 class _Rows(Dataset):
-    """A column of images, decoded row by row."""
+    """A column of images, each decoded by `load_image`, so that a bad one can be passed over."""
 
     def __init__(self, column: Any, name: str):
         self.column = column
@@ -274,9 +274,18 @@ class _Rows(Dataset):
     def __len__(self) -> int:
         return len(self.column)
 
-    def __getitem__(self, row: int) -> Any:
-        with _naming(row, self.name):
-            return self.column[row]
+    def __getitem__(self, row: int) -> "_Row":
+        return _Row(self, row)
+
+
+@dataclass
+class _Row:
+    rows: _Rows
+    number: int
+
+    def decoded(self) -> Any:
+        with _naming(self.number, self.rows.name):
+            return self.rows.column[self.number]
 
 
 def _rows_of(column: Iterable[Any], name: str) -> Iterator[Any]:

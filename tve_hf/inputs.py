@@ -145,17 +145,12 @@ def call_options(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any],
 
 def refuse_unknown(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise TypeError for the first name that is not among the known ones, with the nearest of them."""
-    known = [*known]
+    known = sorted(known)
     for name in given:
         if name not in known:
-            raise TypeError(f"{owner} takes no {name!r}{nearest(name, known)}.")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """How a message goes on after a name that is none of the known ones: with what may have been meant, or all."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}" if near else f"; it takes {', '.join(known) or 'none'}"
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f": did you mean {near[0]!r}?" if near else f"; it takes {', '.join(known) or 'none'}."
+            raise TypeError(f"{owner} takes no {name!r}{hint}")
 
 
 @dataclass

@@ -95,14 +95,15 @@ class TransferableAttributionPipeline(Pipeline):
         prompts = {"candidate_labels": candidate_labels, "hypothesis_template": hypothesis_template}
         named = DEFAULT_CLASSIFIER if classifier is None else classifier
         self.classifier = as_split(named, image_processor, kwargs.get("dtype"), prompts)
-        image_processor = self.classifier.image_processor or saved_processor(model)
+        explainer, image_processor = model, self.classifier.image_processor
+        if classifier is not None and Path(model.name_or_path) == DEFAULT_EXPLAINER:  # loaded where none is named
+            explainer = released(EXPLAINERS, model, self.classifier, kwargs.get("method"))
+        if image_processor is None and explainer is not None:
+            image_processor = saved_processor(explainer)
         if image_processor is None:
             raise ValueError(f"No image processor came with {self.classifier.name}; pass image_processor=.")
-        explainer: PreTrainedModel | None = model
-        if classifier is not None and Path(model.name_or_path) == DEFAULT_EXPLAINER:  # loaded where none is named
-            explainer = released(EXPLAINERS, model, self.classifier, image_processor, kwargs.get("method"))
-            if explainer is None and kwargs.get("method") is None:
-                kwargs["method"] = _methods().without_explainer(self.classifier, kwargs.get("method_kwargs"))
+        if explainer is None and kwargs.get("method") is None:
+            kwargs["method"] = _methods().without_explainer(self.classifier, kwargs.get("method_kwargs"))
         self._has_explainer = explainer is not None
         self._feature_names = self.classifier.backbone.feature_names  # all, which methods may read
         if explainer is None and is_dispatched(self.classifier):

@@ -2,8 +2,9 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -51,6 +52,12 @@ def as_split(
     return split
 
 
+def check_eval_mode(classifier: SplitClassifier) -> None:
+    """Raise ValueError for a classifier in train mode."""
+    if classifier.training:
+        raise ValueError(f"{classifier.name} is in train mode, where dropout is active; call classifier.eval() first.")
+
+
 def split_and_pixels(
     function: Callable[..., Any], classifier: ClassifierInput, images: Any, inputs: dict[str, Tensor]
 ) -> tuple[SplitClassifier, Tensor, dict[str, Tensor]]:
@@ -68,6 +75,7 @@ def split_and_pixels(
             no argument.
     """
     split = classifier if isinstance(classifier, SplitClassifier) else as_split(classifier)
+    check_eval_mode(split)
     known = [*signature(function).parameters, *split.backbone.other_inputs]
     refuse_unknown(function.__name__, (name for name, x in inputs.items() if not isinstance(x, Tensor)), known)
     if isinstance(images, Mapping) and "pixel_values" in images:  # all that an image processor returned
@@ -108,7 +116,7 @@ def _processed(classifier: SplitClassifier, images: Any) -> tuple[Tensor, dict[s
             "pixel_values, (B, 3, H, W), or tve_hf.split_classifier(model, image_processor) in its place."
         )
     several = images_of(images)
-    several = several if isinstance(several, (list, Iterator, Dataset)) else [several]
+    several = several if isinstance(several, (list, GeneratorType, Dataset)) else [several]
     pictures = [load_image(image) for image in several]
     processed = classifier.image_processor(images=pictures, return_tensors="pt")
     others = {name: processed[name].to(classifier.device) for name in classifier.backbone.other_inputs}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attribution import rule_named
 from ..classifiers.given import ClassifierInput, ClassInput, class_tensor, split_and_pixels
-from ..inputs import nearest, whole_number
+from ..inputs import refuse_unknown, whole_number
 from ..patches import GridSize, as_pair
 
 _METHODS = {
@@ -88,15 +88,16 @@ def check_options(name: str, options: dict[str, Any], inputs: Collection[str] = 
     parameters = signature(load(name)).parameters
     takes_inputs = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
     known = options_of(name)
+    unread = [] if takes_inputs else [option for option in options if option in inputs]
+    if unread:
+        raise ValueError(
+            f"{name} takes no {unread[0]}, which the classifier reads besides pixels; 'exact' serves any classifier."
+        )
+    refuse_unknown(name, options, [*known, *inputs])
     for option, value in options.items():
-        if option not in known and not (takes_inputs and option in inputs):
-            raise ValueError(
-                f"{name} takes no {option}{nearest(option, known)}; its options are: {', '.join(known) or 'none'}; "
-                "'exact' serves any classifier."
-            )
-        if option in known and int in (kind := parameters[option].annotation, *get_args(kind)) and kind is not bool:
-            if not (value is None and known[option] is None):
-                whole_number(option, value, _LEAST.get(option))
+        kind = parameters[option].annotation if option in known else None
+        if int in (kind, *get_args(kind)) and not (value is None and known[option] is None):
+            whole_number(option, value, _LEAST.get(option))
     if isinstance(rule := options.get("rule"), str):
         rule_named(rule)
 
@@ -158,5 +159,8 @@ def explain(
         each = [method(split, pixel_values, classes, grid, **options) for classes in class_idx.unbind(1)]
         scores = torch.stack(each, 1)
     if not torch.isfinite(scores).all():
-        raise ValueError(f"The scores of {name} are not finite: the classifier's weights hold NaN or infinity.")
+        raise ValueError(
+            f"The scores of {name} are not finite: the classifier's weights hold NaN or infinity, or its head gives "
+            "them; load it again or in float32, or put another head on it."
+        )
     return scores
