@@ -367,7 +367,7 @@ def test_rules_of_two_backgrounds_are_refused_for_random_ones(world, rule):
         refused(lambda: explain_by("tve", world.split, world.x, 1, **asked), f"'{rule}' is for explainers of two")
 
 
-@pytest.mark.parametrize("name", ["explainer", "sampled", "lime"])
+@pytest.mark.parametrize("name", ["explainer", "sampled", "occlusion", "lime"])
 def test_a_head_that_is_not_finite_is_named(world, name):
     """Finite for the embeddings of images, not for those beside them."""
     seen, probed = world.split.embed(world.x), []

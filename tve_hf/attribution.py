@@ -187,7 +187,7 @@ def transfer(
 
     scores = apply_rule(how, kept, removed, classifier, classes)
     if not torch.isfinite(scores).all():
-        if torch.isfinite(kept).all() and torch.isfinite(removed).all():
+        if all(torch.isfinite(x).all() for x in (kept, removed, *classifier.head.parameters())):
             raise ValueError(
                 f"The head of {classifier.name} gives NaN or infinity for the embedding of a masked image, or a mean "
                 "of such (base ± phi); put a head on it that is finite for every embedding, for example by clamping."

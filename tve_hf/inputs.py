@@ -149,8 +149,8 @@ def refuse_unknown(owner: str, given: Iterable[str], known: Iterable[str]) -> No
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f": did you mean {near[0]!r}?" if near else f"; it takes {', '.join(known) or 'none'}."
-            raise TypeError(f"{owner} takes no {name!r}{hint}")
+            among = f"; it takes {', '.join(known)}." if known else ", nor any other option."
+            raise TypeError(f"{owner} takes no {name!r}{f': did you mean {near[0]!r}?' if near else among}")
 
 
 @dataclass

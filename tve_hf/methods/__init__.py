@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attribution import rule_named
+from ..classifiers import SplitClassifier
 from ..classifiers.given import ClassifierInput, ClassInput, class_tensor, split_and_pixels
 from ..inputs import refuse_unknown, whole_number
 from ..patches import GridSize, as_pair
@@ -159,8 +160,13 @@ def explain(
         each = [method(split, pixel_values, classes, grid, **options) for classes in class_idx.unbind(1)]
         scores = torch.stack(each, 1)
     if not torch.isfinite(scores).all():
-        raise ValueError(
-            f"The scores of {name} are not finite: the classifier's weights hold NaN or infinity, or its head gives "
-            "them; load it again or in float32, or put another head on it."
-        )
+        raise not_finite(name, split)
     return scores
+
+
+def not_finite(name: str, classifier: SplitClassifier) -> ValueError:
+    """The error for scores, or what they are made of, that are NaN or infinite."""
+    return ValueError(
+        f"The scores of {name} are not finite: the classifier's weights hold NaN or infinity, or its head gives them; "
+        f"load {classifier.name} again or in float32, or put another head on it."
+    )
