@@ -284,7 +284,7 @@ def test_no_download_waits_for_ever_unless_asked_to(png, monkeypatch):
     assert waited == [10, 10, 3, None, 10]
 
 
-@pytest.mark.parametrize("wrong", [None, 3, ["cat.jpg"], {}, {"path": None, "bytes": None}, {"url": "x"}, b"bytes"])
+@pytest.mark.parametrize("wrong", [None, 3, ["cat.jpg"], {}, {"path": None, "bytes": None}, {"url": "x"}])
 def test_wrong_types_are_refused(wrong):
     with pytest.raises(TypeError, match="is not an image"):
         load_image(wrong)

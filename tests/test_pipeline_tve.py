@@ -29,7 +29,7 @@ import tve_hf
 from tve_hf.pipeline_tve import TransferableAttributionPipeline
 
 TASK = "transferable-attribution"
-KEYS = {"label", "class_idx", "score", "attribution", "rule", "heatmap", "overlay"}
+KEYS = {"label", "class_idx", "score", "attribution", "method", "rule", "heatmap", "overlay"}
 IMAGES = [noise_image(seed, (40 + seed, 36)) for seed in range(4)]
 
 
@@ -422,12 +422,12 @@ def bad_images(tmp_path, monkeypatch):
         "directory": (tmp_path, (tmp_path.name, "list of the files")),
         "number": (3, ("int", "pass a path")),
         "nan": (np.full((8, 8, 3), np.nan), ("(8, 8, 3)", "NaN")),
-        "batch": (np.zeros((2, 8, 8, 3)), ("(2, 8, 8, 3)", "not one image")),
+        "channels": (np.zeros((8, 8, 5)), ("(8, 8, 5)", "not one image")),
     }
 
 
 @pytest.mark.parametrize(
-    "kind", ["corrupt", "truncated", "empty", "bomb", "missing", "directory", "number", "nan", "batch"]
+    "kind", ["corrupt", "truncated", "empty", "bomb", "missing", "directory", "number", "nan", "channels"]
 )
 def test_bad_images_are_named_in_every_mode(explain, bad_images, kind):
     image, parts = bad_images[kind]

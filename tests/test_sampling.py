@@ -160,7 +160,7 @@ def test_the_method_is_transfer_of_it(cnn, images) -> None:
     pixel_values, class_idx = images(2, 32), torch.tensor([1, 0])
     scores = tve_hf.methods.explain("sampled", cnn, pixel_values, class_idx, 4, n_samples=30)
     kept, removed = tve_hf.sampled_meta_attribution(cnn, pixel_values, 4, 30)
-    expected = tve_hf.transfer(kept, removed, cnn, class_idx, "log_prob", 4)
+    expected = tve_hf.transfer(kept, removed, cnn, class_idx, "prob", 4)
     torch.testing.assert_close(scores, expected.unflatten(1, (4, 4)))
 
 

@@ -5,12 +5,15 @@ Equation numbers are those of "Learning Meta-attribution for Transferable Vision
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .classifiers import SplitClassifier
+from .classifiers.given import ClassifierInput, split_and_pixels
 from .configuration_tve import TVEConfig
+from .inputs import whole_number
 from .patches import GridSize, average_over_neighborhoods, grid_of, neighborhoods
 
 # Evidence of a class in an embedding: (classifier, embeddings (..., D)) -> (..., C), in float32.
@@ -70,8 +73,10 @@ _UNITS = {
 }
 
 
-def unit_of(name: str) -> str:
-    """The unit of the scores that a rule makes; raises ValueError for an unknown one."""
+def unit_of(name: str | None) -> str:
+    """The unit of the scores that a rule makes, or a method without a rule; raises ValueError for an unknown one."""
+    if name is None:
+        return "score"
     rule = rule_named(name)
     return "standard deviations" if rule.standardized else _UNITS[rule.evidence]
 
@@ -88,10 +93,26 @@ def rule_named(name: str) -> Rule:
     return RULES[name]
 
 
+def check_rule(config: TVEConfig, name: str) -> None:
+    """Refuse a rule that makes no sense of what an explainer predicts.
+
+    Raises:
+        ValueError: If there is no such rule; or if the explainer is one of random backgrounds, which predicts one phi
+            for each patch, and the rule reads only one part, scales both, or averages over windows that there are not.
+    """
+    how = rule_named(name)
+    if config.backgrounds == "random" and (how.standardized or how.averaged or not how.kept):
+        plain = [other for other, rule in RULES.items() if not (rule.standardized or rule.averaged or not rule.kept)]
+        raise ValueError(
+            f"The rule {name!r} is for explainers of two backgrounds, and this one has backgrounds='random'; choose "
+            f"one of {', '.join(plain)}."
+        )
+
+
 @torch.no_grad()
 def exact_meta_attribution(
-    classifier: SplitClassifier,
-    pixel_values: Tensor,
+    classifier: ClassifierInput,
+    pixel_values: Any,
     grid_size: GridSize | None = None,
     hops: int = 2,
     patch_idx: Tensor | None = None,
@@ -102,8 +123,8 @@ def exact_meta_attribution(
     """Compute g_z = G(N(z); x) and h_z = G(Z \\ N(z); x) by brute force (Eq. 6), two masked passes a patch.
 
     Args:
-        classifier: its backbone is G.
-        pixel_values: (B, 3, H, W), on the classifier's device.
+        classifier: its backbone is G; or a model or name, which is split first.
+        pixel_values: (B, 3, H, W), or images, one or a list, which the classifier's image processor prepares.
         grid_size: P, or (rows, cols); it divides the image. `classifier.default_grid` if None.
         hops: radius of the neighbourhood N(z).
         patch_idx: patches to compute, (B, k) int64; all N if None.
@@ -117,11 +138,11 @@ def exact_meta_attribution(
     Raises:
         ValueError: If the batch is empty, the grid does not divide the image, or an index is out of range.
     """
+    whole_number("hops", hops, least=0)
+    split, pixel_values, inputs = split_and_pixels(exact_meta_attribution, classifier, pixel_values, inputs)
     batch = pixel_values.shape[0]
-    if batch == 0:
-        raise ValueError("pixel_values holds no image; pass a batch of at least one.")
     if grid_size is None:
-        grid_size = classifier.default_grid(pixel_values, **inputs)
+        grid_size = split.default_grid(pixel_values, **inputs)
     near = neighborhoods(grid_size, hops, pixel_values.device)
     num_patches = near.shape[0]
     if patch_idx is None:
@@ -132,7 +153,7 @@ def exact_meta_attribution(
         raise ValueError(f"patch_idx must hold patches between 0 and {num_patches - 1}; got {patch_idx.tolist()}.")
     keep = near[patch_idx.to(near.device)]  # (B, k, N)
     keep = torch.cat([keep, ~keep], dim=1)  # (B, 2k, N)
-    embeddings = classifier.embed_masked(pixel_values, keep, grid_size, removal, chunk_size, **inputs)
+    embeddings = split.embed_masked(pixel_values, keep, grid_size, removal, chunk_size, **inputs)
     kept, removed = embeddings.chunk(2, dim=1)
     return kept, removed
 
@@ -180,6 +201,11 @@ def transfer(
 
     scores = apply_rule(how, kept, removed, classifier, classes)
     if not torch.isfinite(scores).all():
+        if all(torch.isfinite(x).all() for x in (kept, removed, *classifier.head.parameters())):
+            raise ValueError(
+                f"The head of {classifier.name} gives NaN or infinity for the embedding of a masked image, or a mean "
+                "of such (base ± phi); put a head on it that is finite for every embedding, for example by clamping."
+            )
         raise ValueError(
             "The scores are not finite: the image, the classifier's or the explainer's weights hold NaN or infinity."
         )

@@ -2,19 +2,23 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
 from .classifiers import SplitClassifier
+from .classifiers.given import check_eval_mode
 from .classifiers.wrapped import named_weights
 from .configuration_tve import TVEConfig
 from .fingerprint import match
 from .geometry import normalization
 from .modeling_tve import TVEExplainer
+from .released import DEFAULT_EXPLAINER
 from .weights import open_source, read_config
 
 logger = logging.get_logger(__name__)
@@ -22,6 +26,10 @@ logger = logging.get_logger(__name__)
 # As two fingerprints compare; "unknown" if the explainer, otherwise fitting, holds none or cannot be read.
 Fit = Literal["same weights", "same architecture, other weights", "no", "unknown"]
 _PREFERRED: tuple[Fit, ...] = ("same weights", "same architecture, other weights")
+
+
+class NoExplainerError(ValueError):
+    """None of the explainers fits the classifier."""
 
 
 @dataclass(frozen=True)
@@ -105,28 +113,90 @@ def verdict_by_name(name: str, classifier: SplitClassifier, image_processor: Any
     return verdict(config, classifier, image_processor)
 
 
-def find(names: Iterable[str], classifier: SplitClassifier, image_processor: Any = None) -> str:
+def check_explainer(model: Any, classifier: Any) -> None:
+    """Refuse a model that is no explainer, and one other than the shipped one without a classifier to explain.
+
+    Raises:
+        ValueError: With what to pass.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) != TVEConfig.model_type:
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+        raise ValueError(
+            f"model={name!r} is no explainer, but a {type(model).__name__}; pass a TVEExplainer as model=, or none, "
+            "and what is to be explained as classifier=."
+        )
+    if classifier is None and Path(model.name_or_path) != DEFAULT_EXPLAINER:
+        raise ValueError(
+            "Which classifier is to be explained? Pass classifier=, a model or a name, on the backbone "
+            f"{model.config.backbone_name!r} that this explainer was pre-trained for."
+        )
+
+
+def saved_processor(explainer: PreTrainedModel) -> BaseImageProcessor | None:
+    """The image processor beside an explainer's weights, as `save_pretrained` of the pipeline leaves one."""
+    try:
+        return AutoImageProcessor.from_pretrained(explainer.name_or_path)
+    except (OSError, ValueError):  # no file of one, or the explainer has no name
+        return None
+
+
+def find(names: Iterable[str], classifier: SplitClassifier) -> str:
     """Return the first of these explainers that was pre-trained for the classifier's weights, or else architecture.
 
     Raises:
-        ValueError: If none fits; the message says why, and what else can be done at what cost.
+        NoExplainerError: If none fits; the message says why, and how to train one.
     """
-    verdicts = {name: verdict_by_name(name, classifier, image_processor) for name in names}
+    verdicts = {name: verdict_by_name(name, classifier) for name in names}
     for wanted in _PREFERRED:
         for name, judged in verdicts.items():
             if judged.fit == wanted:
                 return name
-    try:
-        rows, columns = classifier.default_grid()
-        cost = f"2·{rows * columns} masked passes for an image on a grid of {rows} x {columns}"
-    except ValueError:  # no grid divides its images
-        cost = "two masked passes for each patch"
     reasons = "; ".join(f"{name} {judged.reason}" for name, judged in verdicts.items())
-    raise ValueError(
-        f"No released explainer fits {classifier.name}: {reasons}. Pass one as model=, pre-train one with `tve-hf "
-        f"pretrain --classifier {classifier.name} --train_files IMAGES --output_dir FOLDER`, or do without: "
-        f'`tve_hf.methods.explain("exact", ...)` takes {cost}.'
+    raise NoExplainerError(f"No released explainer fits {classifier.name}: {reasons}; {how_to_train(classifier)}.")
+
+
+def released(
+    names: Iterable[str], default: TVEExplainer, classifier: SplitClassifier, method: str | None = None
+) -> TVEExplainer | None:
+    """Load the first of these explainers that fits, which may be the default; None where a method needs none.
+
+    Args:
+        method: that was asked for: if none was, an explainer need not fit; if it is "tve", one must.
+
+    Raises:
+        NoExplainerError: If the method is "tve", and none fits.
+    """
+    if method not in (None, "tve"):
+        return None
+    try:
+        name = find(names, classifier)
+    except NoExplainerError:
+        if method is None:
+            return None
+        raise
+    return default if name == default.name_or_path else type(default).from_pretrained(name, dtype=default.dtype)
+
+
+def how_to_train(classifier: SplitClassifier) -> str:
+    """What to do for an explainer of a classifier, as a clause."""
+    return (
+        f"pass one as model=, or train one: `tve-hf pretrain --classifier {classifier.name} --backgrounds random "
+        "--train_files IMAGES --output_dir FOLDER`"
     )
+
+
+def check_sound(classifier: SplitClassifier, explainer: nn.Module | None = None, named: str = "") -> None:
+    """Refuse what gives no maps that mean anything.
+
+    Raises:
+        ValueError: If the classifier is in train mode, or the weights of either are not finite.
+    """
+    check_eval_mode(classifier)
+    owners: dict[str, nn.Module] = {} if explainer is None else {named: explainer}
+    for owner, module in (owners | {f"The classifier {classifier.name}": classifier}).items():
+        bad = [name for name, weight in named_weights(module) if not torch.isfinite(weight).all()]
+        if bad:
+            raise ValueError(f"{owner} holds NaN or infinity in {bad[0]}; download or train it again.")
 
 
 def fit(
@@ -151,8 +221,7 @@ def fit(
             mode, or weights are not finite; the message names both and what to do.
     """
     named = f"The explainer {explainer.name_or_path or type(explainer).__name__}"
-    if classifier.training:
-        raise ValueError(f"{classifier.name} is in train mode, where dropout is active; call classifier.eval() first.")
+    check_sound(classifier, explainer, named)
     judged = verdict(explainer.config, classifier, image_processor, pixel_values)
     if judged.fit == "no":
         raise ValueError(f"{named} {judged.reason}; {judged.remedy}.")
@@ -162,9 +231,4 @@ def fit(
             "explainer was pre-trained for, as after full fine-tuning: expect worse maps, and check them with "
             "verify=16."
         )
-    owners: dict[str, nn.Module] = {named: explainer, f"The classifier {classifier.name}": classifier}
-    for owner, module in owners.items():
-        bad = [name for name, weight in named_weights(module) if not torch.isfinite(weight).all()]
-        if bad:
-            raise ValueError(f"{owner} holds NaN or infinity in {bad[0]}; download or train it again.")
     return classifier.reading(tuple(explainer.config.feature_names))

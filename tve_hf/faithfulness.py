@@ -49,6 +49,7 @@ def faithfulness(
     grid_size: GridSize | None = None,
     removal: str = "zero",
     chunk_size: int | None = None,
+    rule: str = "logit",
     **inputs: Tensor,
 ) -> list[list[Faithfulness]]:
     """Compare, over n fresh coalitions S, the sum of the scores in S with the class's logit when S alone is visible.
@@ -65,6 +66,7 @@ def faithfulness(
         grid_size: grid of the N patches; a square one if None.
         removal: what replaces removed pixels, a key of `patches.REMOVALS`.
         chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
+        rule: whose evidence the scores add up to, a key of `attribution.RULES`.
         inputs: what else the image processor returns and the classifier reads, one row for each image.
 
     Returns:
@@ -74,8 +76,8 @@ def faithfulness(
         ValueError: If there are fewer than 8 coalitions or an odd number, or they do not fit the grid.
     """
     grid = grid_of(scores.shape[-1], grid_size)
-    keep, true = true_logits(
-        classifier, pixel_values, class_idx, num_coalitions, coalitions, grid, removal, chunk_size, **inputs
+    keep, true = true_evidence(
+        classifier, pixel_values, class_idx, num_coalitions, coalitions, grid, removal, chunk_size, rule, **inputs
     )
     foretold = scores.double() @ keep.T.double()
     drawn = torch.randint(num_coalitions, (RESAMPLES, num_coalitions), generator=torch.Generator().manual_seed(0))
@@ -97,7 +99,7 @@ def faithfulness(
 
 
 @torch.no_grad()
-def true_logits(
+def true_evidence(
     classifier: SplitClassifier,
     pixel_values: Tensor,
     class_idx: Tensor,
@@ -106,9 +108,10 @@ def true_logits(
     grid: tuple[int, int],
     removal: str = "zero",
     chunk_size: int | None = None,
+    rule: str = "logit",
     **inputs: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What maps are compared with by `faithfulness`, whose arguments these are: coalitions, and logits of the classes.
+    """What maps are compared with by `faithfulness`, whose arguments these are: coalitions, and evidence of classes.
 
     Returns:
         boolean (n, N), the same for all images, and (B, K, n) float64.
@@ -118,7 +121,7 @@ def true_logits(
     keep = how.draw(1, num_coalitions, grid, torch.Generator().manual_seed(1))[0].to(pixel_values.device)
     masks = keep.expand(len(pixel_values), -1, -1)
     embeddings = classifier.embed_masked(pixel_values, masks, grid, removal, chunk_size, **inputs)
-    return keep, evidence_of(RULES["logit"], embeddings, classifier, class_idx).double()
+    return keep, evidence_of(RULES[rule], embeddings, classifier, class_idx).double()
 
 
 def r_squared(foretold: Tensor, true: Tensor) -> Tensor:

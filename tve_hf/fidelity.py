@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from transformers.utils import logging
 
 from .attribution import of_class
 from .classifiers import SplitClassifier
+from .classifiers.given import ClassifierInput, ClassInput, class_tensor, split_and_pixels
+from .inputs import whole_number
 from .patches import GridSize, grid_of
 
 logger = logging.get_logger(__name__)
@@ -52,10 +55,10 @@ class Fidelity:
 
 @torch.no_grad()
 def fidelity(
-    classifier: SplitClassifier,
-    pixel_values: Tensor,
+    classifier: ClassifierInput,
+    pixel_values: Any,
     scores: Tensor,
-    class_idx: Tensor,
+    class_idx: ClassInput,
     num_levels: int = 14,
     grid_size: GridSize | None = None,
     removal: str = "zero",
@@ -70,10 +73,10 @@ def fidelity(
     2 num_levels - 2 passes an image: at the ends S* is everything or nothing for every map, so these are asked once.
 
     Args:
-        classifier: f, whose probability of the class is read.
-        pixel_values: (B, 3, H, W), on the classifier's device.
+        classifier: f, whose probability of the class is read; or a model or name, which is split first.
+        pixel_values: (B, 3, H, W), or images, one or a list, which the classifier's image processor prepares.
         scores: (B, rows, cols), or (B, N) on the grid `grid_size` (a square one if None).
-        class_idx: y, (B,).
+        class_idx: y, (B,); or a number, the class of all images.
         num_levels: points on each curve, both ends included.
         removal: how patches are removed: a key of `patches.REMOVALS`, or "token_drop".
         chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
@@ -82,12 +85,15 @@ def fidelity(
     Raises:
         ValueError: If the scores are not finite or do not fit the images, or there are more levels than patches + 1.
     """
-    scores, grid = check_scores(classifier, pixel_values, scores, class_idx, grid_size)
+    split, pixel_values, inputs = split_and_pixels(fidelity, classifier, pixel_values, inputs)
+    whole_number("num_levels", num_levels, None)
+    classes = class_tensor(split, class_idx, len(pixel_values))
+    scores, grid = check_scores(split, pixel_values, scores, classes, grid_size)
     sizes = even_shares(num_levels, scores.shape[1])[::-1]  # of S*, falling from all patches to none
     important = most_important(scores, sizes)  # (B, K, N)
     inner = important[:, 1:-1]
     keep = torch.cat([important[:, :1], important[:, -1:], inner, ~inner], dim=1)  # Z, empty, K - 2 and K - 2 masks
-    probabilities = prob_kept(classifier, pixel_values, class_idx, keep, grid, removal, chunk_size, **inputs)
+    probabilities = prob_kept(split, pixel_values, classes, keep, grid, removal, chunk_size, **inputs)
     full, empty, alone, without = probabilities.split([1, 1, num_levels - 2, num_levels - 2], dim=1)
     kept = torch.cat([full, alone, empty], dim=1)
     removed = torch.cat([empty, without, full], dim=1)
@@ -109,6 +115,9 @@ def check_scores(
     Raises:
         ValueError: If the scores are not finite or do not fit the images, there is no image, or no such class.
     """
+    if not isinstance(scores, Tensor) or scores.ndim not in (2, 3):
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"scores is {found}; pass a tensor of maps, (B, rows, cols) or (B, N).")
     if scores.ndim == 3:
         grid_size = tuple(scores.shape[1:])
     scores = scores.flatten(1)

@@ -4,9 +4,10 @@ Patches are numbered row by row: patch (row, col) of a grid (rows, cols) is row 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,11 +18,16 @@ GridSize = int | Sequence[int]
 
 
 def as_pair(size: GridSize) -> tuple[int, int]:
-    """Return a side, or a pair of sides, as (rows, columns) or (height, width)."""
-    if isinstance(size, int):
-        return size, size
-    rows, columns = size
-    return int(rows), int(columns)
+    """Return a side, or a pair of sides, as (rows, columns) or (height, width).
+
+    Raises:
+        ValueError: If these are not one or two whole numbers from 1 on.
+    """
+    sides = [size] if isinstance(size, (int, np.integer, str)) or not isinstance(size, Iterable) else list(size)
+    whole = all(isinstance(side, (int, np.integer)) and not isinstance(side, bool) and side >= 1 for side in sides)
+    if not whole or len(sides) not in (1, 2):
+        raise ValueError(f"{size!r} is no grid; pass whole numbers from 1 on, a side like 14 or (rows, cols).")
+    return int(sides[0]), int(sides[-1])
 
 
 def grid_of(num_patches: int, grid_size: GridSize | None) -> tuple[int, int]:

@@ -17,10 +17,11 @@ Shapes: B images, n coalitions, N patches, K classes of each image, D = embeddin
 import torch
 from torch import Tensor
 
-from .attribution import evidence_of, rule_named
+from .attribution import check_rule, evidence_of, rule_named
 from .classifiers import SplitClassifier
 from .coalitions import Coalitions
 from .configuration_tve import TVEConfig
+from .faithfulness import check_coalitions
 from .modeling_tve import embedding_of, phi_and_base
 from .patches import average_over_neighborhoods
 
@@ -122,3 +123,21 @@ def check_refinement(config: TVEConfig, num_samples: int) -> None:
         )
     if num_samples < 1:
         raise ValueError(f"refine is {num_samples}; give the number of masked passes, for example 25.")
+
+
+def check_asked(
+    config: TVEConfig, method_kwargs: dict | None, rule: str | None, verify: int | None, refine: int | None
+) -> None:
+    """Refuse what an explainer of this config cannot give; arguments as for a call of the pipeline.
+
+    Raises:
+        ValueError: With what to do instead.
+    """
+    if method_kwargs:
+        raise ValueError("method_kwargs are of another method; pass method=, or rule= and refine= for an explainer.")
+    if rule is not None:
+        check_rule(config, rule)
+    if verify is not None and config.backgrounds == "random":
+        check_coalitions(verify)
+    if refine is not None:
+        check_refinement(config, refine)

@@ -5,15 +5,20 @@ Least squares of the embedding on which patches are kept, for all D dimensions a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from transformers.utils.logging import tqdm  # silent after `transformers.utils.logging.disable_progress_bar()`
 
-from .classifiers import SplitClassifier
+from .classifiers.given import ClassifierInput, split_and_pixels
 from .coalitions import Coalitions, check_number
+from .inputs import whole_number
 from .modeling_tve import efficient, kept_and_removed
 from .patches import GridSize, as_pair
 
+# Masked passes for each image, where nothing else is asked for.
+NUM_SAMPLES = 200
 # Ridge penalties to choose from, as shares of the mean squared singular value of the design.
 PENALTIES = torch.logspace(-6, 2, 33, dtype=torch.float64)
 
@@ -37,14 +42,15 @@ class SampledMetaAttribution:
 
 @torch.no_grad()
 def sampled_meta_attribution(
-    classifier: SplitClassifier,
-    pixel_values: Tensor,
+    classifier: ClassifierInput,
+    pixel_values: Any,
     grid_size: GridSize | None = None,
-    num_samples: int = 200,
+    num_samples: int = NUM_SAMPLES,
     coalitions: Coalitions | str = "smooth",
     removal: str = "zero",
     generator: Generator | None = None,
     chunk_size: int | None = None,
+    progress: bool = False,
     **inputs: Tensor,
 ) -> SampledMetaAttribution:
     """Estimate E[G(S) | z in S] and E[G(S) | z not in S] from `num_samples` masked passes an image, for every head.
@@ -54,14 +60,15 @@ def sampled_meta_attribution(
     as samples grow. With "shapley" coalitions sum over z of phi_z = G(x) - G(empty image).
 
     Args:
-        classifier: its backbone is G.
-        pixel_values: (B, 3, H, W), on the classifier's device.
+        classifier: its backbone is G; or a model or name, which is split first.
+        pixel_values: (B, 3, H, W), or images, one or a list, which the classifier's image processor prepares.
         grid_size: P, or (rows, cols); it divides the image. `classifier.default_grid` if None.
         num_samples: masked passes for each image, even, for coalitions come in pairs.
         coalitions: their distribution: a `Coalitions`, or the name of one with its usual settings.
         removal: what replaces removed pixels, as for `SplitClassifier.embed_masked`.
         generator: draws the coalitions, on the CPU; seeded with 0 if None.
         chunk_size: masked images in one pass; as `SplitClassifier.images_per_pass` by default.
+        progress: whether to show a bar of the masked passes.
         inputs: what else the image processor returns and the classifier reads, one row for each image.
 
     Returns:
@@ -70,11 +77,10 @@ def sampled_meta_attribution(
     Raises:
         ValueError: If there is no image, the number is odd or below 2, or the distribution does not fit the grid.
     """
-    if len(pixel_values) == 0:
-        raise ValueError("pixel_values holds no image; pass a batch of at least one.")
-    check_number(num_samples, "num_samples")
+    check_number(whole_number("num_samples", num_samples, None), "num_samples")
+    split, pixel_values, inputs = split_and_pixels(sampled_meta_attribution, classifier, pixel_values, inputs)
     if grid_size is None:
-        grid_size = classifier.default_grid(pixel_values, **inputs)
+        grid_size = split.default_grid(pixel_values, **inputs)
     grid = as_pair(grid_size)
     how = Coalitions(coalitions) if isinstance(coalitions, str) else coalitions
     keep = how.draw(1, num_samples, grid, generator or torch.Generator().manual_seed(0))[0]  # (M, N)
@@ -82,15 +88,17 @@ def sampled_meta_attribution(
     def embed(some: Tensor) -> Tensor:
         """G of each image with these coalitions, (m, N) -> (B, m, D), float64 on the CPU."""
         masks = some.expand(len(pixel_values), -1, -1)
-        return classifier.embed_masked(pixel_values, masks, grid, removal, chunk_size, **inputs).cpu().double()
+        return split.embed_masked(pixel_values, masks, grid, removal, chunk_size, **inputs).cpu().double()
 
     ends = torch.stack([torch.zeros_like(keep[0]), torch.ones_like(keep[0])])
     empty, full = embed(ends).unbind(1)  # (B, D) each
     regression = Regression(keep, how, empty, full)
     # Pairs stay together.
-    size = max(2, classifier.images_per_pass(pixel_values, chunk_size) // 2 * 2)
-    for start in range(0, num_samples, size):
-        regression.add(slice(start, start + size), embed(keep[start : start + size]))
+    size = max(2, split.images_per_pass(pixel_values, chunk_size) // 2 * 2)
+    with tqdm(total=num_samples, desc="masked passes", leave=False, disable=not progress) as bar:
+        for start in range(0, num_samples, size):
+            regression.add(slice(start, start + size), embed(keep[start : start + size]))
+            bar.update(min(size, num_samples - start))
     phi, base, error = regression.solve()
     device = pixel_values.device
     kept, removed = kept_and_removed(phi, base, how.keep_prob)

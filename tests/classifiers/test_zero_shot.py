@@ -316,7 +316,7 @@ def test_pipeline_by_name(saved, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("loaded or split again")
 
-    monkeypatch.setattr("tve_hf.pipeline_tve.split_classifier", fail)
+    monkeypatch.setattr("tve_hf.classifiers.given.split_classifier", fail)
     classifier = tve_hf.split_classifier(folder, candidate_labels=LABELS)
     image = noise_image(3)
     pixel_values = explain.image_processor(image, return_tensors="pt")["pixel_values"]

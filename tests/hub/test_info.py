@@ -142,15 +142,12 @@ def test_pipeline_without_model_takes_a_fitting_explainer(pair, others, monkeypa
     assert shipped.model.name_or_path == str(DEFAULT_EXPLAINER)
 
 
-def test_pipeline_without_a_fitting_explainer_says_what_to_do(pair):
-    with pytest.raises(ValueError) as caught:
-        pipeline("transferable-attribution", classifier=str(pair[0]))
-    said = str(caught.value)
-    for part in (
-        f"No released explainer fits {pair[0]}",
-        "192 dimensions",
-        f"tve-hf pretrain --classifier {pair[0]}",
-        "exact",
-        f"2·{GRID * GRID} masked passes",
-    ):
+def test_pipeline_without_a_fitting_explainer_says_what_to_do(pair, caplog):
+    explain = pipeline("transferable-attribution", classifier=str(pair[0]))
+    (said,) = [record.message for record in caplog.records if record.name.startswith("tve_hf")]
+    train = f"tve-hf pretrain --classifier {pair[0]} --backgrounds random"
+    for part in (f"No released explainer fits {pair[0]}", "200 masked passes", "an explainer takes one", train):
         assert part in said, said
+    assert explain(noise_image(0), method_kwargs={"n_samples": 8})[0]["method"] == "sampled"
+    with pytest.raises(ValueError, match="No released explainer fits .*192 dimensions.*tve-hf pretrain"):
+        pipeline("transferable-attribution", classifier=str(pair[0]), method="tve")

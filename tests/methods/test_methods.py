@@ -96,6 +96,17 @@ def test_the_contract(build, images, randomized, name, architecture_name) -> Non
         torch.testing.assert_close(alone[0], scores[i], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"random"}))  # whose numbers are those of no class
+def test_several_classes_of_each_image(shared_model, images, randomized, name) -> None:
+    classifier = split_classifier(shared_model("cnn" if (name, "vit") in REFUSED else "vit"))
+    options, class_idx = _options(name, classifier, randomized), torch.tensor([[1, 0], [3, 1]])
+    scores = methods.explain(name, classifier, images(2, 32), class_idx, 4, **options)
+    assert scores.shape == (2, 2, 4, 4)
+    for k in range(2):
+        alone = methods.explain(name, classifier, images(2, 32), class_idx[:, k], 4, **options)
+        torch.testing.assert_close(scores[:, k], alone, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"tve", "vit_shapley"}))
 def test_rectangular_grids(shared_model, images, name, randomized) -> None:
     classifier = split_classifier(shared_model("cnn" if (name, "vit") in REFUSED else "vit"))
@@ -131,7 +142,7 @@ def test_an_unknown_method_is_answered_with_the_known_ones(shared_model, images)
 def test_images_and_classes_that_do_not_fit_are_refused(shared_model, images, randomized, name) -> None:
     classifier = split_classifier(shared_model("cnn" if (name, "vit") in REFUSED else "vit"))
     options, x = _options(name, classifier, randomized), images(2, 32)
-    for class_idx in ([1, 5], [1, -1], [1], [1, 2, 3], [[1], [2]], [1.0, 2.0]):
+    for class_idx in ([1, 5], [1, -1], [1], [1, 2, 3], [[1], [5]], [[[1]], [[2]]], [1.0, 2.0]):
         with pytest.raises(ValueError, match="must name, for each of 2 images, a class between 0 and 4, as a tensor"):
             methods.explain(name, classifier, x, torch.tensor(class_idx), 4, **options)
     with pytest.raises(ValueError, match="holds no image; pass a batch of at least one"):

@@ -271,5 +271,6 @@ def test_another_backbone_is_refused_and_a_tuned_one_warned_of(classifier, tmp_p
     other = tve_hf.split_classifier(save_classifier(tmp_path, num_hidden_layers=3))
     with pytest.raises(ValueError, match="pre-trained for the backbone 'tiny', which is not that of"):
         fit_shapley(explainer, other)
-    with pytest.raises(ValueError, match="takes no explainer, its options are: shapley_explainer"):
-        methods.explain("vit_shapley", classifier, classifier.probe(), None, explainer=make_explainer(classifier))
+    options = {"explainer": make_explainer(classifier), "shapley_explainer": explainer}
+    with pytest.raises(TypeError, match="takes no 'explainer': did you mean 'shapley_explainer'"):
+        methods.explain("vit_shapley", classifier, classifier.probe(), torch.tensor([0, 1]), **options)

@@ -16,7 +16,7 @@ from .. import methods
 from ..attribution import exact_meta_attribution, rule_of, transfer
 from ..classifiers import SplitClassifier
 from ..coalitions import Coalitions
-from ..faithfulness import faithfulness, true_logits
+from ..faithfulness import faithfulness, true_evidence
 from ..fidelity import fidelity
 from ..geometry import seen_region
 from ..modeling_tve import TVEExplainer
@@ -242,7 +242,7 @@ class Judge:
     def coalitions(self, pixel_values: Tensor, class_idx: Tensor) -> dict[str, Tensor]:
         """Random coalitions, (n, N), and the true logits of each image's class with them, (B, n)."""
         asked = NUM_COALITIONS, self.distribution, self.grid, self.removals[0]
-        keep, true = true_logits(self.classifier, pixel_values, class_idx[:, None], *asked)
+        keep, true = true_evidence(self.classifier, pixel_values, class_idx[:, None], *asked)
         return {"keep": keep, "true": true.squeeze(1)}
 
     def fidelity(self, pixel_values: Tensor, scores: Tensor, class_idx: Tensor, removal: str) -> dict[str, Tensor]:

@@ -142,10 +142,16 @@ def check_prompts(
     """Return labels and templates as tuples: no labels for None, the default template for None.
 
     Raises:
+        TypeError: If these are no lists.
         ValueError: If a list is empty, a label is blank, no string or repeated, or a template has no {}.
     """
     if isinstance(labels, str):
         raise ValueError(f"candidate_labels is the string {labels!r}; pass a list, such as ['a cat', 'a dog'].")
+    if not isinstance(labels, Sequence | None) or not isinstance(template, Sequence | None):
+        raise TypeError(
+            f"Prompts are {labels!r} and {template!r}; pass candidate_labels such as ['a cat', 'a dog'], and a "
+            f"hypothesis_template such as {HYPOTHESIS_TEMPLATE!r}."
+        )
     if labels is not None and not len(labels):
         raise ValueError("candidate_labels is empty; pass at least one label, such as ['a cat', 'a dog'].")
     labels = tuple(labels or ())

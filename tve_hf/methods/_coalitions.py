@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..classifiers import SplitClassifier
+from . import not_finite
 from ._captum import patch_numbers, seed_of, seeded
 
 
@@ -28,7 +29,10 @@ def explain_images(
     for image, index in zip(pixel_values, class_idx.tolist(), strict=True):
 
         def prob(masked: Tensor, index: int = index) -> Tensor:
-            return classifier.log_prob(classifier.embed(masked))[:, index].exp()
+            values = classifier.log_prob(classifier.embed(masked))[:, index].exp()
+            if not torch.isfinite(values).all():  # of which scikit-learn would speak without saying whose they are
+                raise not_finite(attribution.__name__, classifier)
+            return values
 
         with seeded(seed):  # for each image, so that a batch gives what its images give alone
             coefficients = attribution(prob, **options).attribute(

@@ -1,7 +1,5 @@
 """Exact meta-attribution by brute force, 2 N masked passes an image: what TVE predicts (arXiv 2312.15359, Eq. 6)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,8 +15,17 @@ def explain(
     grid_size: tuple[int, int],
     hops: int = 2,
     rule: str = DEFAULT_RULE,
-    **inputs: Any,
+    removal: str = "zero",
+    chunk_size: int | None = None,
+    **inputs: Tensor,
 ) -> Tensor:
-    """Scores (B, rows, cols), in the units of the rule; `inputs` are what the classifier reads besides pixels."""
-    kept, removed = exact_meta_attribution(classifier, pixel_values, grid_size, hops, **inputs)
-    return transfer(kept, removed, classifier, class_idx, rule, grid_size, hops).unflatten(1, grid_size)
+    """Scores (B, rows, cols), in the units of the rule; or (B, K, rows, cols) for class_idx (B, K).
+
+    Args:
+        hops, removal, chunk_size, inputs: as for `exact_meta_attribution`.
+        rule: as for `transfer`.
+    """
+    kept, removed = exact_meta_attribution(
+        classifier, pixel_values, grid_size, hops, None, removal, chunk_size, **inputs
+    )
+    return transfer(kept, removed, classifier, class_idx, rule, grid_size, hops).unflatten(-1, grid_size)

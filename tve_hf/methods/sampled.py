@@ -7,10 +7,10 @@ of masked passes serves every class and head.
 import torch
 from torch import Generator, Tensor
 
-from ..attribution import transfer
+from ..attribution import DEFAULT_RULES, transfer
 from ..classifiers import SplitClassifier
 from ..coalitions import Coalitions
-from ..sampling import sampled_meta_attribution
+from ..sampling import NUM_SAMPLES, sampled_meta_attribution
 
 
 @torch.no_grad()
@@ -19,22 +19,24 @@ def explain(
     pixel_values: Tensor,
     class_idx: Tensor,
     grid_size: tuple[int, int],
-    n_samples: int = 200,
+    n_samples: int = NUM_SAMPLES,
     coalitions: Coalitions | str = "smooth",
     removal: str = "zero",
-    rule: str = "log_prob",
+    rule: str = DEFAULT_RULES["random"],
     hops: int = 2,
     generator: Generator | None = None,
     chunk_size: int | None = None,
+    progress: bool = False,
     **inputs: Tensor,
 ) -> Tensor:
     """Scores (B, rows, cols), in the units of the rule, from `n_samples` masked passes an image.
 
+    They serve all classes of an image: (B, K, rows, cols) for class_idx (B, K).
+
     Args:
-        n_samples, coalitions, removal, generator, chunk_size, inputs: as for `sampled_meta_attribution`.
+        n_samples, coalitions, removal, generator, chunk_size, progress, inputs: as for `sampled_meta_attribution`.
         rule, hops: as for `transfer`.
     """
-    kept, removed = sampled_meta_attribution(
-        classifier, pixel_values, grid_size, n_samples, coalitions, removal, generator, chunk_size, **inputs
-    )
-    return transfer(kept, removed, classifier, class_idx, rule, grid_size, hops).unflatten(1, grid_size)
+    how = (n_samples, coalitions, removal, generator, chunk_size, progress)
+    kept, removed = sampled_meta_attribution(classifier, pixel_values, grid_size, *how, **inputs)
+    return transfer(kept, removed, classifier, class_idx, rule, grid_size, hops).unflatten(-1, grid_size)

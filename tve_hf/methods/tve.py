@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..attribution import rule_of, transfer
+from ..attribution import check_rule, rule_of, transfer
 from ..classifiers import SplitClassifier
 from ..modeling_tve import TVEExplainer
 from ..refinement import Refinement
@@ -31,8 +31,11 @@ def explain(
         Signed scores (B, rows, cols), in the units of the rule.
 
     Raises:
-        ValueError: If the explainer has another grid, or was pre-trained for another backbone.
+        ValueError: If the explainer has another grid, was pre-trained for another backbone, or is not of the rule's
+            kind.
     """
+    if rule is not None:
+        check_rule(explainer.config, rule)
     seen = fitted(explainer, classifier, pixel_values, grid_size)(pixel_values)
     predicted = explainer(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
     config, pair = explainer.config, (predicted.kept, predicted.removed)
@@ -42,4 +45,4 @@ def explain(
         scores = scores + Refinement(classifier, pixel_values, *pair, config, refine).correction(
             classifier, class_idx, rule
         )
-    return scores.unflatten(1, grid_size)
+    return scores.unflatten(-1, grid_size)
