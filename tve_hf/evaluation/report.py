@@ -89,7 +89,12 @@ def table_of(report: dict[str, Any]) -> str:
     lines = [
         f"{report['num_images']} images. Fidelity-sparsity AUC, mean ± standard deviation over images; difference is "
         "Fidelity+ less Fidelity−. Intervals: 95 % paired bootstrap; p: paired sign-flip test, Holm-corrected. Cost "
-        "for each image: seconds in this run, and passes of the classifier, forward + backward.",
+        "for each image: seconds in this run, and passes of the classifier, forward + backward"
+        + (
+            " + what an explainer computes itself."
+            if any(cost.get("explainer") for cost in report["cost"].values())
+            else "."
+        ),
     ]
     for removal, rows in report["summary"]["fidelity"].items():
         lines += [
@@ -101,6 +106,8 @@ def table_of(report: dict[str, Any]) -> str:
             cells = [f"{mean:.3f} ± {sd:.3f}" for mean, sd in (row["plus_auc"], row["minus_auc"], row["gap"])]
             cost = report["cost"][spec]
             passes = f"{cost['forward']:.4g} + {cost['backward']:.4g}"
+            if cost.get("explainer"):
+                passes += f" + {cost['explainer']:.2g}"
             cells += [_interval(row, "random"), _interval(row, "tve"), f"{cost['seconds']:.3g}", passes]
             lines.append(f"| {spec} | " + " | ".join(cells) + " |")
     if report.get("refused"):
