@@ -101,6 +101,8 @@ def fidelity_against_cost(report: dict[str, Any], path: Path) -> None:
     # A method without any pass is drawn at a tenth of one.
     costs = {spec: max(0.1, passes(cost)) for spec, cost in report["cost"].items()}
     plotted = [{spec: (cost, rows[spec]["gap"][0]) for spec, cost in costs.items()} for rows in removals.values()]
+    has_share = any("explainer" in cost for cost in report["cost"].values())
+    counted = "counts by its operations" if has_share else "pass is not counted"
     for axis, removal, points in zip(axes, removals, plotted, strict=True):
         front = pareto_front(points)
         axis.plot(*zip(*(points[spec] for spec in front), strict=True), color="0.8", linewidth=4, zorder=1)
@@ -113,8 +115,7 @@ def fidelity_against_cost(report: dict[str, Any], path: Path) -> None:
             axis.plot(*zip(*(points[spec] for spec in same), strict=True), **line)
         axis.set_xscale("log")
         axis.set_xlabel(
-            "passes of the classifier for each image\n"
-            "(a backward one counts as two, an explainer's own by its operations)"
+            f"passes of the classifier for each image\n(a backward one counts as two; an explainer's own {counted})"
         )
         axis.set_title(f"removed pixels: {removal}; pale line: Pareto front", fontsize=10)
         axis.margins(x=0.12, y=0.12)
