@@ -290,7 +290,7 @@ def test_wrong_types_are_refused(wrong):
         load_image(wrong)
 
 
-SIZES = [(500, 375), (375, 500), (300, 300), (10, 7), (1200, 90)]
+SIZES = [(500, 375), (375, 500), (300, 300), (10, 7), (1200, 90), (5000, 3001)]
 
 
 def cropped(size, shortest, crop):
@@ -364,6 +364,17 @@ def test_padding_of_any_colour(fill):
         return {"pixel_values": torch.stack([torch.tensor(np.array(sheet)).permute(2, 0, 1) for sheet in sheets])}
 
     assert_box(letterbox, (400, 200), (0, -100, 400, 300))
+
+
+def test_the_stand_ins_of_large_images_are_left_where_they_are_shown_otherwise():
+    """A crop of 600 pixels without any resize is another share of each size."""
+
+    def crop(images, return_tensors):  # small ones, such as those that tell the colours, are enlarged
+        whole = [image if min(image.size) > 300 else image.resize((800, 800)) for image in images]
+        shown = [np.array(image.crop((100, 50, 400, 350))) for image in whole]
+        return {"pixel_values": torch.stack([torch.tensor(pixels).permute(2, 0, 1) for pixels in shown])}
+
+    assert_box(crop, (2400, 2200), (100, 50, 400, 350))
 
 
 # The processor classes of every image classifier in transformers, as far as they make pixels by PIL.

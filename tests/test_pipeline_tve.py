@@ -29,7 +29,7 @@ import tve_hf
 from tve_hf.pipeline_tve import TransferableAttributionPipeline
 
 TASK = "transferable-attribution"
-KEYS = {"label", "class_idx", "score", "attribution", "method", "rule", "heatmap", "overlay"}
+KEYS = {"label", "class_idx", "score", "attribution", "method", "rule", "heatmap", "overlay", "figure"}
 IMAGES = [noise_image(seed, (40 + seed, 36)) for seed in range(4)]
 
 
@@ -96,7 +96,7 @@ def test_result_equals_the_parts_put_together_by_hand(pair, explain):
     assert np.allclose(result["attribution"], (kept - removed).view(GRID, GRID), atol=1e-5)
     assert result["attribution"].min() < 0 < result["attribution"].max()
     assert result["heatmap"].shape == (36, 40) and result["heatmap"].dtype == np.float32
-    assert result["heatmap"].min() == 0 and result["heatmap"].max() == 1
+    assert 0 <= result["heatmap"].min() < 0.5 < result["heatmap"].max() <= 1
     assert result["overlay"].size == (40, 36) and result["overlay"].mode == "RGB"
 
 
@@ -354,12 +354,23 @@ def test_map_lies_on_the_part_that_a_centre_crop_shows(tmp_path):
     (result,) = explain(image)
     assert result["overlay"].size == (96, 48)
     assert result["heatmap"].shape == (48, 96)
-    assert (result["heatmap"][:, :23] == 0).all() and (result["heatmap"][:, 73:] == 0).all()
+    assert (result["heatmap"][:, :23] == 0.5).all() and (result["heatmap"][:, 73:] == 0.5).all()
     shown = result["heatmap"][:, 24:72]
-    assert shown.max() == 1 and np.ptp(shown[:, :4]) > 0 and np.ptp(shown[:, -4:]) > 0
-    # The brightest point is on the patch of the highest score.
-    row, col = np.unravel_index(shown.argmax(), shown.shape)
-    assert (row // 12, col // 12) == np.unravel_index(result["attribution"].argmax(), (GRID, GRID))
+    assert np.ptp(shown[:, :4]) > 0 and np.ptp(shown[:, -4:]) > 0
+    # The strongest patch has the sign of its score.
+    row, col = np.unravel_index(np.abs(result["attribution"]).argmax(), (GRID, GRID))
+    middle = shown[12 * row + 6, 12 * col + 6]
+    assert abs(middle - 0.5) > 0.4 and np.sign(middle - 0.5) == np.sign(result["attribution"][row, col])
+
+
+def test_pictures_are_bounded_and_smooth_unless_asked_otherwise(explain):
+    large = noise_image(0, (1700, 100))
+    (result,) = explain(large)
+    assert result["overlay"].size == (1600, 94) and result["heatmap"].shape == (94, 1600)
+    (result,) = explain(large, max_size=None, smooth=False)
+    assert result["overlay"].size == (1700, 100)
+    assert len(np.unique(result["heatmap"])) <= GRID**2
+    assert result["figure"].width > result["figure"].height
 
 
 def test_photograph_turned_by_exif_is_explained_upright(explain, tmp_path):

@@ -1,8 +1,14 @@
-"""What the plots say: the Pareto front by hand, and that every picture is drawn."""
+"""What the plots say: the Pareto front by hand, names that can be read, one look for a method, what is counted."""
 
+import itertools
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
-from tve_hf.benchmark.plots import draw, pareto_front
+from tve_hf import methods
+from tve_hf.benchmark.plots import draw, pareto_front, passes, style, write_names
 
 
 def test_pareto_front_by_hand():
@@ -25,3 +31,33 @@ def test_every_picture_is_drawn(tmp_path):
         assert min(Image.open(tmp_path / f"{name}.png").size) > 100
     del report["summary"]["rank_agreement"]
     draw(report, tmp_path)
+
+
+def test_each_method_has_one_look_of_its_own_whatever_its_samples():
+    looks = {name: style(name) for name in methods.available()}
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(looks)
+    assert style("rise@50") == style("rise@400") == looks["rise"]
+    assert style("kernel-shap") == looks["kernel_shap"]
+
+
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_names_of_points_that_coincide_do_not_overlap(together):
+    figure = Figure(figsize=(6, 5))
+    canvas, axis = FigureCanvasAgg(figure), figure.subplots()
+    spread = [(1.0, 0.1), (400.0, 0.3), (400.0, 0.31), (390.0, 0.29)]
+    places = [*spread, *[(20.0, 0.2)] * together]
+    points = {f"a_method_{i}@{10 * i}": place for i, place in enumerate(places)}
+    axis.scatter(*zip(*points.values(), strict=True))
+    axis.set_xscale("log")
+    canvas.draw()
+    boxes = [note.get_window_extent() for note in write_names(axis, points)]
+    assert len(boxes) == len(points)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    for box in boxes:
+        assert axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1
+        assert not any(box.contains(*axis.transData.transform(place)) for place in places)
+
+
+def test_cost_counts_backward_passes_twice_and_the_explainers_own_share():
+    assert passes({"seconds": 3.0, "forward": 2.0, "backward": 3.0}) == 8.0
+    assert passes({"forward": 1.0, "backward": 0.0, "explainer": 0.25}) == 1.25

@@ -277,6 +277,7 @@ def test_cost_counts_the_passes(report):
     assert report["cost"]["exact"]["forward"] == 2 * GRID**2
     assert all(report["cost"][name]["backward"] == 0 for name in ("tve", "exact", "random"))
     assert all(cost["seconds"] > 0 for cost in report["cost"].values())
+    assert {name for name, cost in report["cost"].items() if cost["explainer"] > 0} == {"tve"}
 
 
 def test_gradients_are_counted_and_no_explainer_is_needed(settings, tmp_path):
@@ -296,6 +297,7 @@ def test_vit_shapley_joins_at_the_cost_of_one_pass(settings, tmp_path):
     report = evaluate(EvaluateArguments(**alone, output_dir=str(tmp_path / "report")))  # on the explainer's grid
     assert set(report["summary"]["fidelity"]["zero"]) == {"vit_shapley", "random"}
     assert (report["cost"]["vit_shapley"]["forward"], report["cost"]["vit_shapley"]["backward"]) == (1, 0)
+    assert report["cost"]["vit_shapley"]["explainer"] > 0 == report["cost"]["random"]["explainer"]
     images = [noise_image(seed) for seed in report["rows"]]
     pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
     class_idx = classifier(pixel_values).logits.argmax(-1)

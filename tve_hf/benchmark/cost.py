@@ -1,14 +1,16 @@
-"""Count what an explanation costs: passes of the classifier, and time."""
+"""Count what an explanation costs: passes of the classifier, what an explainer computes, and time."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from ..classifiers import SplitClassifier
 from ..classifiers.tracing import first_tensor, hooked
 
 
@@ -22,6 +24,22 @@ class Cost:
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: torch.tensor(float(value)) for name, value in vars(self).items()}
+
+
+def own_share(classifier: SplitClassifier, explain: Callable[[Tensor], Any]) -> float:
+    """What an explanation computes beside one pass of the classifier, in such passes.
+
+    Counted are the floating-point operations of matrix products, convolutions and attention, for one image.
+
+    Args:
+        explain: a method that takes one pass, of pixel_values (1, 3, H, W).
+    """
+    pixel_values = classifier.probe()[:1]
+    with torch.no_grad(), FlopCounterMode(display=False) as one_pass:
+        classifier(pixel_values)
+    with torch.no_grad(), FlopCounterMode(display=False) as whole:
+        explain(pixel_values)
+    return whole.get_total_flops() / max(1, one_pass.get_total_flops()) - 1
 
 
 @contextmanager

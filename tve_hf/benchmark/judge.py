@@ -25,7 +25,7 @@ from ..verification import pearson, prediction_errors, spearman
 from ..visualization import Photograph, gallery
 from ..vit_shapley.modeling import ShapleyExplainer
 from .cells import Cells, digest
-from .cost import Cost, counting
+from .cost import Cost, counting, own_share
 
 NUM_COALITIONS = 64  # that maps are to foretell, for each image
 # Tensors of a cell that are of its whole batch; all others have a row for each image.
@@ -202,6 +202,19 @@ class Judge:
         with counting(self.classifier.backbone.model, self.classifier.backbone.head_names) as cost:
             scores = methods.explain(name, self.classifier, pixel_values, class_idx, self.grid, **options)
         return {"scores": scores, **cost.tensors()}
+
+    def explainer_share(self, spec: str) -> float:
+        """What the explainer that a method reads computes itself, in passes of the classifier; 0 if it reads none."""
+        name = parse_method(spec)[0]
+        offered = {"explainer": self.explainer, "shapley_explainer": self.shapley_explainer, "rule": self.rule}
+        options = options_of(name, offered)[1]
+        if not options.keys() & {"explainer", "shapley_explainer"}:
+            return 0.0
+        class_idx = torch.zeros(1, dtype=torch.int64, device=self.classifier.device)
+        # Whether the explainer fits takes passes of its own, once.
+        explain = partial(methods.explain, name, self.classifier, grid_size=self.grid, **options)
+        explain(pixel_values=self.classifier.probe()[:1], class_idx=class_idx)
+        return own_share(self.classifier, lambda pixel_values: explain(pixel_values=pixel_values, class_idx=class_idx))
 
     def compute(self, start: int, stop: int) -> None:
         """Compute all cells of one batch that have not been computed yet."""

@@ -231,6 +231,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
         maps = judge.gather(f"maps/{spec}")
         cost[spec] = {name: maps[name].sum().item() / len(judge.data) for name in ("seconds", "forward", "backward")}
         table[f"{spec}/faithfulness"] = judge.gather(f"faithfulness/{judge.backgrounds}/{spec}")["faithfulness"]
+        cost[spec]["explainer"] = judge.explainer_share(spec)
         for removal in args.removals:
             judged = judge.gather(f"fidelity/{removal}/{spec}")
             for side in ("plus", "minus"):

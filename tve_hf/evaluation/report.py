@@ -92,7 +92,12 @@ def table_of(report: dict[str, Any]) -> str:
     lines = [
         f"{report['num_images']} images. Fidelity-sparsity AUC, mean ± standard deviation over images; difference is "
         "Fidelity+ less Fidelity−. Intervals: 95 % paired bootstrap; p: paired sign-flip test, Holm-corrected. Cost "
-        "for each image: seconds in this run, and passes of the classifier, forward + backward.",
+        "for each image: seconds in this run, and passes of the classifier, forward + backward"
+        + (
+            " + what an explainer computes itself."
+            if any(cost.get("explainer") for cost in report["cost"].values())
+            else "."
+        ),
     ]
     correlations = report["summary"].get("faithfulness", {})
     if correlations:
@@ -112,6 +117,8 @@ def table_of(report: dict[str, Any]) -> str:
             cells = [f"{mean:.3f} ± {sd:.3f}" for mean, sd in (row["plus_auc"], row["minus_auc"], row["gap"])]
             cost = report["cost"][spec]
             passes = f"{cost['forward']:.4g} + {cost['backward']:.4g}"
+            if cost.get("explainer"):
+                passes += f" + {cost['explainer']:.2g}"
             cells += [_interval(row, "random"), _interval(row, "tve")]
             cells += [f"{correlations[spec]:.3f}" if spec in correlations else ""] if correlations else []
             cells += [f"{cost['seconds']:.3g}", passes]
