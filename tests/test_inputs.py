@@ -348,6 +348,8 @@ BAD_PIPELINES: dict[str, tuple[Callable[[SimpleNamespace], dict[str, Any]], str]
     "no image processor": (lambda w: {"classifier": w.model}, "No image processor came with .*image_processor="),
     "method": (lambda w: {"classifier": w.split, "method": "limee"}, "Unknown method 'limee'; choose one of"),
     "unknown option": (lambda w: {"classifier": w.split, "methods": "rise"}, "did you mean 'method'"),
+    "options, no dict": (lambda w: {"classifier": w.split, "method_kwargs": 4}, "method_kwargs is 4; pass a dict"),
+    "classes of no images": (lambda w: {"classifier": w.split, "class_idx": [[1], [2]]}, "pass it with the images"),
 }
 
 

@@ -118,10 +118,11 @@ def test_what_cannot_be_refined_is_said(classifier, explainer, case):
     pixel_values, kept, removed, class_idx = case
     explain = pipeline("transferable-attribution", model=explainer, classifier=classifier)
     for n in (0, -1):
-        with pytest.raises(ValueError, match=f"refine is {n}; give the number of masked passes, for example 25"):
+        with pytest.raises(ValueError, match=f"refine is {n}; pass a whole number from 1 on, for example 25"):
             explain(noise_image(0), refine=n)
+    refinement = Refinement(classifier, pixel_values, kept, removed, explainer.config, 4)
     with pytest.raises(ValueError, match="the rule 'standardized_logit' is not; choose prob or logit"):
-        explain(noise_image(0), refine=4, rule="standardized_logit")
+        refinement.correction(classifier, class_idx, "standardized_logit")
     antithetical = pipeline("transferable-attribution", model=make_explainer(classifier), classifier=classifier)
     with pytest.raises(ValueError, match="backgrounds='antithetical'; train one with `tve-hf pretrain --backgrounds"):
         antithetical(noise_image(0), refine=4)

@@ -151,6 +151,8 @@ def call_options(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any],
     forward |= {name: options[name] for name in ("method", *OF_METHOD, "top_k") if name in options}
     if options.keys() & {"top_k", "class_idx", "label"}:
         forward["classes"] = options.get("class_idx", options.get("label"))
+        if isinstance((forward["classes"] or [None])[0], list):  # left as they are where there are no images
+            raise ValueError("class_idx or label has a row of classes for each image; pass it with the images.")
     return options, preprocess, forward, drawing
 
 

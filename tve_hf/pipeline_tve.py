@@ -104,7 +104,7 @@ class TransferableAttributionPipeline(Pipeline):
         if explainer is None and kwargs.get("method") is None:
             kwargs["method"] = _methods().without_explainer(self.classifier, kwargs.get("method_kwargs"))
         self._has_explainer = explainer is not None
-        self._feature_names = self.classifier.backbone.feature_names  # all, which methods may read
+        self._whole = self.classifier  # with all its feature maps, which methods may read
         if explainer is None and is_dispatched(self.classifier):
             kwargs.setdefault("device", self.classifier.device)
         super().__init__(explainer or self.classifier, image_processor=image_processor, **kwargs)
@@ -224,7 +224,8 @@ class TransferableAttributionPipeline(Pipeline):
         if method in (None, "tve"):
             made = self._by_explainer(classifier, seen, pixel_values, class_idx, inputs, asked)
         else:
-            whole = classifier.reading(self._feature_names)
+            names = self._whole.backbone.feature_names
+            whole = self._whole if classifier is self.classifier else classifier.reading(names)
             made = _methods().maps(method, whole, pixel_values, class_idx, inputs, **asked)
         scores, rule, verifications = made  # scores (B, K, rows, cols)
         results = [
