@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..attribution import DEFAULT_RULE, rule_named, rule_of
 from ..classifiers import split_classifier
+from ..classifiers.layout import with_channels_last
 from ..evaluation.report import summarize, table_of
 from ..files import dumps
 from ..modeling_tve import TVEExplainer
@@ -141,8 +142,7 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
         candidate_labels=args.candidate_labels or None,
         hypothesis_template=args.hypothesis_template or None,
     )
-    # Twice as fast for the convolutions of a CNN, and no slower for anything else.
-    classifier = classifier.to(state.device, memory_format=torch.channels_last)
+    classifier = with_channels_last(classifier.to(state.device))
     explainer = shapley_explainer = None
     if args.model is not None:
         explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval().to(state.device)

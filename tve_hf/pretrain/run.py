@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..classifiers import SplitClassifier, split_classifier
+from ..classifiers.layout import with_channels_last
 from ..configuration_tve import TVEConfig
 from ..hub.push import writable
 from ..modeling_tve import TVEExplainer
@@ -137,6 +138,7 @@ def _split_classifier(args: PretrainArguments, accelerator: Accelerator) -> Spli
     """The classifier in full precision, with prompts if it is to be validated on a zero-shot one."""
     prompts = args.candidate_labels or None, args.hypothesis_template or None
     classifier = split_classifier(args.classifier, None, torch.float32, False, *prompts).to(accelerator.device)
+    classifier = with_channels_last(classifier)
     if args.validation_files or args.validation_split:
         classifier(classifier.probe())  # compares scores of a class, which a zero-shot model may not have: say so
     return classifier
@@ -146,7 +148,7 @@ def _frozen_teacher(args: PretrainArguments, accelerator: Accelerator, config: T
     # Frozen, so in half precision throughout: under autocast its weights would be cast anew in every pass.
     dtype = HALF.get(accelerator.mixed_precision, torch.float32)
     teacher = split_classifier(args.classifier, dtype=dtype).to(accelerator.device)
-    return teacher.reading(tuple(config.feature_names))
+    return with_channels_last(teacher).reading(tuple(config.feature_names))
 
 
 def _measure_label_weights(
