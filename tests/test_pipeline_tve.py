@@ -29,7 +29,7 @@ import tve_hf
 from tve_hf.pipeline_tve import TransferableAttributionPipeline
 
 TASK = "transferable-attribution"
-KEYS = {"label", "class_idx", "score", "attribution", "rule", "heatmap", "overlay"}
+KEYS = {"label", "class_idx", "score", "attribution", "rule", "quality", "heatmap", "overlay"}
 IMAGES = [noise_image(seed, (40 + seed, 36)) for seed in range(4)]
 
 

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from .attribution import rule_named, rule_of, transfer
 from .classifiers import SplitClassifier, split_classifier
 from .classifiers.wrapped import is_dispatched
-from .compatibility import find, fit
+from .compatibility import find, fit, quality_with
 from .faithfulness import check_coalitions, faithfulness
 from .geometry import seen_region
 from .images import TIMEOUT, images_of, load_image
@@ -81,6 +81,8 @@ class TransferableAttributionPipeline(Pipeline):
     - **label**, **class_idx**, **score**: the class and the probability that the classifier gives it;
     - **attribution**: the raw signed map, a float32 array (rows, cols); positive supports the class;
     - **rule**: the rule of `tve_hf.attribution.RULES` that made it;
+    - **quality**: what pre-training measured of the explainer on held-out images, `TVEConfig.quality`, in words by
+      `tve_hf.compatibility.quality_in_words`; None if nothing, or if the backbone has other weights since;
     - **heatmap**: the map drawn on the image's geometry, a float32 array (H, W) in [0, 1];
     - **overlay**: a PIL picture of the image's size;
     - **verification**: with `verify=n`, predicted against exact scores on n random patches; or, for explainers of
@@ -127,6 +129,7 @@ class TransferableAttributionPipeline(Pipeline):
         super().__init__(model, image_processor=image_processor, **kwargs)
         on_device = self.classifier if is_dispatched(self.classifier) else self.classifier.to(self.device)
         self.classifier = fit(model, on_device, image_processor)
+        self.quality = quality_with(model.config, self.classifier)
         self._regions: dict[tuple[int, int], Region] = {}  # by size of image
 
     def _sanitize_parameters(
@@ -287,6 +290,7 @@ class TransferableAttributionPipeline(Pipeline):
                 "score": result["score"][k].item(),
                 "attribution": attribution,
                 "rule": result["rule"],
+                "quality": self.quality,
                 "heatmap": drawn,
                 "overlay": overlay(picture, drawn, region),
             }

@@ -1,4 +1,4 @@
-"""Channels last: the same embeddings, of the models that can be laid out so, and no other harm to those that cannot."""
+"""Channels last: the same embeddings of models that can be laid out so, and no harm to those that cannot."""
 
 import pytest
 import torch
