@@ -80,6 +80,8 @@ def test_every_field_survives_a_file(tmp_path) -> None:
 def test_what_was_not_measured_is_no_quality(value) -> None:
     with pytest.raises(StrictDataclassError, match="quality"):
         TVEConfig(quality={"num_images": 32, "spearman": value})
+    with pytest.raises(StrictDataclassError, match="of how many images"):
+        TVEConfig(quality={"spearman": 0.5})
 
 
 def test_properties_are_not_serialised(tmp_path) -> None:

@@ -22,7 +22,9 @@ logger = logging.get_logger(__name__)
 # As two fingerprints compare; "unknown" if the explainer, otherwise fitting, holds none or cannot be read.
 Fit = Literal["same weights", "same architecture, other weights", "no", "unknown"]
 _PREFERRED: tuple[Fit, ...] = ("same weights", "same architecture, other weights")
-# What a validation measures, and below what an explainer is poor.
+# What a validation measures, and below what an explainer is poor. By the logs beside the shipped one and in
+# docs/comparison, at the end of the training R2 is 0.46, Spearman 0.66 to 0.86, and the share 95 % or more; after a
+# tenth of it R2 is 0.37, and the share 75 %. One that has learnt nothing has about 0 of each.
 _LEAST = {"logit_r2": 0.2, "spearman": 0.4, "share of fidelity": 0.5}
 _REFERENCES = {"sampled_fidelity_gap": "sampled", "exact_fidelity_gap": "exact"}
 
@@ -218,7 +220,7 @@ def _told(quality: dict[str, float | int]) -> str:
     else:
         clauses.append("gives constant maps")
     if "share of fidelity" in judged:
-        (whose,) = (word for name, word in _REFERENCES.items() if name in quality)
+        whose = next(word for name, word in _REFERENCES.items() if quality.get(name, 0) > 0)
         clauses.append(f"its maps reach {judged['share of fidelity']:.0%} of the fidelity of {whose} ones")
     return ", and ".join(clauses)
 

@@ -218,6 +218,8 @@ class TVEConfig(BackboneReaderConfig):
         layers = ("num_hidden_layers", "decoder_num_hidden_layers")
         _check_range(0, {f"mae_config.{name}": getattr(self.mae_config, name, 0) for name in layers}, most=_MAX_LAYERS)
         self._validate_mae()
+        if self.quality is not None and self.quality.get("num_images", 0) < 1:
+            raise ValueError('quality does not say of how many images it is, give "num_images" too, or None.')
         for name, value in (self.quality or {}).items():
             if not math.isfinite(value):
                 raise ValueError(f"quality[{name!r}] is {value}, leave out what was not measured.")
