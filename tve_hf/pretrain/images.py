@@ -70,7 +70,8 @@ def _rows(images: Images, indices: Tensor) -> Images:
 
 def _draw_rows(images: Images, number: int, seed: int, buffer_size: int) -> list[dict[str, Any]]:
     """Random rows of the first of a stream, in one reading and without keeping the others."""
-    draw, drawn, seen = random.Random(seed), [], 0
+    draw, seen = random.Random(seed), 0
+    drawn: list[dict[str, Any]] = []
     # A buffer of one row shuffles the files alone.
     for seen, row in enumerate(islice(images.data.shuffle(seed=seed, buffer_size=1), buffer_size), 1):
         if len(drawn) < number:
