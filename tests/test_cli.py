@@ -70,7 +70,7 @@ def test_one_overlay_per_image_and_the_raw_map(pair, explain, photos, tmp_path, 
         record = strictly((tmp_path / "out" / f"{photo.stem}.json").read_text())
         assert record["image"] == str(photo)
         (found,) = record["explanations"]
-        assert set(found) == {"label", "class_idx", "score", "attribution", "rule", "overlay"}
+        assert set(found) == {"label", "class_idx", "score", "attribution", "rule", "quality", "overlay"}
         assert np.shape(found["attribution"]) == (GRID, GRID)
         assert np.allclose(found["attribution"], expected["attribution"], atol=1e-6)
         assert all(found[key] == expected[key] for key in ("label", "class_idx", "rule"))

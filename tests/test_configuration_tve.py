@@ -68,11 +68,20 @@ def test_every_field_survives_a_file(tmp_path) -> None:
         "shared_trunk": False,
         "backbone_name": "org/name",
         "backbone_fingerprint": "abc",
+        "quality": {"num_images": 32, "logit_r2": 0.5, "fidelity_gap": -1.0},
     }
     assert values.keys() <= {field.name for field in fields(TVEConfig)}
     TVEConfig(**values).save_pretrained(tmp_path)
     loaded = TVEConfig.from_pretrained(tmp_path)
     assert {name: getattr(loaded, name) for name in values} == values
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.5", None])
+def test_what_was_not_measured_is_no_quality(value) -> None:
+    with pytest.raises(StrictDataclassError, match="quality"):
+        TVEConfig(quality={"num_images": 32, "spearman": value})
+    with pytest.raises(StrictDataclassError, match="of how many images"):
+        TVEConfig(quality={"spearman": 0.5})
 
 
 def test_properties_are_not_serialised(tmp_path) -> None:

@@ -29,7 +29,7 @@ import tve_hf
 from tve_hf.pipeline_tve import TransferableAttributionPipeline
 
 TASK = "transferable-attribution"
-KEYS = {"label", "class_idx", "score", "attribution", "method", "rule", "heatmap", "overlay", "figure"}
+KEYS = {"label", "class_idx", "score", "attribution", "method", "rule", "quality", "heatmap", "overlay", "figure"}
 IMAGES = [noise_image(seed, (40 + seed, 36)) for seed in range(4)]
 
 

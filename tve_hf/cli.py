@@ -81,6 +81,8 @@ def explain(arguments: list[str]) -> int:
     from tqdm.auto import tqdm
     from transformers.utils import logging
 
+    from .compatibility import quality_in_words
+
     logging.disable_progress_bar()
     asked = {
         "label": args.label,
@@ -97,6 +99,8 @@ def explain(arguments: list[str]) -> int:
     explainer = _pipeline(args.model, args.classifier, {k: v for k, v in asked.items() if v is not None})
     args.output.mkdir(parents=True, exist_ok=True)
 
+    if not args.json:
+        print(quality_in_words(explainer.quality))
     failed = 0
     taken: set[str] = set()
     for name, image in tqdm(images, unit="image", disable=len(images) == 1 or not sys.stderr.isatty()):

@@ -1,6 +1,7 @@
 """Configuration of the TVE explainer."""
 
 import copy
+import math
 from dataclasses import field
 from typing import Any, Literal
 
@@ -151,6 +152,9 @@ class TVEConfig(BackboneReaderConfig):
         shared_trunk: whether one Mask-AutoEncoder serves both heads, or each has its own as in the research code.
         backbone_name: name or path of the classifier whose backbone the explainer was trained on.
         backbone_fingerprint: fingerprint of that backbone's weights, to notice a different one.
+        quality: what the last validation of its pre-training measured with that backbone: `num_images` held out, and
+            what `tve_hf.pretrain.held_out` names of them, all finite; None if nothing was measured. See
+            `tve_hf.compatibility.quality_in_words`.
 
     Example:
 
@@ -178,6 +182,7 @@ class TVEConfig(BackboneReaderConfig):
     refine_coalitions: CoalitionName = "independent"
     refine_strength: float = 5.0
     rule: str | None = None
+    quality: dict[str, float | int] | None = None
 
     mae_config: dict | PreTrainedConfig | None = None
     num_head_layers: int = 17
@@ -216,6 +221,11 @@ class TVEConfig(BackboneReaderConfig):
         layers = ("num_hidden_layers", "decoder_num_hidden_layers")
         _check_range(0, {f"mae_config.{name}": getattr(self.mae_config, name, 0) for name in layers}, most=_MAX_LAYERS)
         self._validate_mae()
+        if self.quality is not None and self.quality.get("num_images", 0) < 1:
+            raise ValueError('quality does not say of how many images it is, give "num_images" too, or None.')
+        for name, value in (self.quality or {}).items():
+            if not math.isfinite(value):
+                raise ValueError(f"quality[{name!r}] is {value}, leave out what was not measured.")
         if self.backgrounds == "random":
             self.distribution.check(self.grid_shape)
             if self.refine_strength <= 0:

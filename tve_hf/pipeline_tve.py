@@ -18,7 +18,7 @@ from .classifiers import SplitClassifier
 from .classifiers.given import as_split
 from .classifiers.parts import SplitClassifierOutput
 from .classifiers.wrapped import is_dispatched
-from .compatibility import check_explainer, check_sound, fit, released, saved_processor
+from .compatibility import check_explainer, check_sound, fit, quality_with, released, saved_processor
 from .faithfulness import faithfulness
 from .geometry import Region, seen_region
 from .images import TIMEOUT, images_of, load_image
@@ -71,6 +71,7 @@ class TransferableAttributionPipeline(Pipeline):
     - **attribution**: the raw signed map, a float32 array (rows, cols); positive supports the class;
     - **method**: the method that made it, of `tve_hf.methods.available()`;
     - **rule**: its rule of `tve_hf.attribution.RULES`, or None if the method has none;
+    - **quality**: what pre-training measured of the explainer with these weights, `TVEConfig.quality`, or None;
     - **heatmap**, **overlay**, **figure**: drawn when first asked for, see `tve_hf.visualization.Explanation`;
     - **verification**: with `verify=n`, predicted against exact scores on n random patches; or, where scores add up,
       `r2` and `pearson` of predicted against true evidence in n random coalitions.
@@ -110,6 +111,7 @@ class TransferableAttributionPipeline(Pipeline):
         super().__init__(explainer or self.classifier, image_processor=image_processor, **kwargs)
         if not is_dispatched(self.classifier):
             self.classifier.to(self.device)
+        self.quality = None if explainer is None else quality_with(explainer.config, self.classifier)
         if explainer is None:
             check_sound(self.classifier)
         else:
@@ -176,8 +178,7 @@ class TransferableAttributionPipeline(Pipeline):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save the explainer and the image processor; the classifier is not part of it.
 
-        Unlike in other custom pipelines no code is copied, for that could only be loaded with `trust_remote_code`:
-        to load it, import `tve_hf`.
+        No code is copied, for that could only be loaded with `trust_remote_code`: to load it, import `tve_hf`.
         """
         if not self._has_explainer:
             raise ValueError(f"This pipeline has no explainer to save; save {self.classifier.name} by itself.")
@@ -279,10 +280,9 @@ class TransferableAttributionPipeline(Pipeline):
         result = result[0] if isinstance(result, list) else result
         if result["error"] is not None:
             return [{"error": result["error"]}]
-        picture = result["image"]
-        if picture.size not in self._regions:
-            self._regions[picture.size] = seen_region(self.image_processor, picture.size)
-        photograph = Photograph(picture, self._regions[picture.size], max_size)
+        size = result["image"].size
+        self._regions[size] = region = self._regions.get(size) or seen_region(self.image_processor, size)
+        photograph = Photograph(result["image"], region, max_size)
         explanations = []
         for k, index in enumerate(result["class_idx"].tolist()):
             values = {
@@ -292,6 +292,7 @@ class TransferableAttributionPipeline(Pipeline):
                 "attribution": result["attribution"][k].numpy(),
                 "method": result["method"],
                 "rule": result["rule"],
+                "quality": self.quality if result["method"] == "tve" else None,
             }
             if result["verification"] is not None:
                 values["verification"] = asdict(result["verification"][k])

@@ -1,5 +1,6 @@
 """Images from any source that `datasets` reads, undecoded until they are needed: for training and for evaluation."""
 
+import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,8 @@ def open_images(
     """Open files, or a split of a data set, without decoding an image.
 
     Args:
-        files: parquet, arrow, tar (webdataset) or image files, or patterns of one kind.
+        files: parquet, arrow, tar (webdataset) or image files, or patterns, all of one kind; or folders, whose images
+            are taken wherever in them they are.
         dataset_name: instead of files, a data set of the Hub, or a folder (parquet, save_to_disk, images, webdataset).
         dataset_config: its configuration.
         split: of the data set.
@@ -95,8 +97,9 @@ def _load(
     streaming: bool,
 ) -> Dataset | IterableDataset:
     if files:
-        suffix = Path(files[0]).suffix.lower()
-        builder = "imagefolder" if suffix in PILImage.registered_extensions() else _BUILDERS.get(suffix, "parquet")
+        if any(os.path.isdir(file) for file in files):
+            return _images_in(files, streaming)
+        builder = _builder_of(files)
         try:
             return load_dataset(builder, data_files=files, split="train", streaming=streaming)
         except DatasetBuildError as error:
@@ -116,6 +119,44 @@ def _load(
             raise ValueError(f"{folder} has no split {split!r}; choose among {', '.join(saved)}.")
         saved = saved[split]
     return saved.to_iterable_dataset(num_shards=min(64, len(saved))) if streaming and len(saved) else saved
+
+
+def _builder_of(files: list[str]) -> str:
+    """What reads these files or patterns, by the ends of their names."""
+    kinds: dict[str, str] = {}  # builder -> the first file for it
+    for file in files:
+        suffix = Path(file).suffix.lower()
+        kinds.setdefault("imagefolder" if _is_image(suffix) else _BUILDERS.get(suffix, "parquet"), file)
+    if len(kinds) > 1:
+        raise ValueError(f"{' and '.join(kinds.values())} are of different kinds; pass files of one kind.")
+    return next(iter(kinds))
+
+
+def _is_image(suffix: str) -> bool:
+    return PILImage.registered_extensions().get(suffix) in PILImage.OPEN
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _images_in(places: list[str], streaming: bool) -> Dataset | IterableDataset:
+    """The images in folders, and in the folders in them, and beside these images that are named themselves."""
+    found: list[str] = []
+    for place in map(Path, places):
+        if not place.is_dir():
+            if not _is_image(place.suffix.lower()):
+                raise ValueError(f"{place} is no image, and beside a folder only images are read; pass one kind.")
+            found += sorted(glob.glob(str(place), recursive=True)) or [str(place)]
+            continue
+        inside = sorted(path for path in place.rglob("*") if path.is_file() and not _is_hidden(path, place))
+        own = [str(path) for path in inside if _is_image(path.suffix.lower())]
+        if not own:
+            others = ", ".join(sorted({path.suffix or path.name for path in inside})[:5]) or "nothing"
+            raise ValueError(f"The folder {place} holds no images, but {others}; name the files in it by a pattern.")
+        found += own
+    data = Dataset.from_dict({"image": found}).cast_column("image", Image(decode=False))
+    return data.to_iterable_dataset(num_shards=min(64, len(found))) if streaming else data
 
 
 def _images_alone(data: Dataset, image_column: str | None, name: str) -> Dataset:

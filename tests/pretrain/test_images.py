@@ -17,7 +17,7 @@ from transformers import ViTImageProcessorPil
 from tve_hf import split_classifier
 from tve_hf.benchmark.run import EvaluateArguments, _images
 from tve_hf.pretrain import PretrainArguments
-from tve_hf.pretrain.images import Images, draw_images, first_images, open_images, random_crop, read_image
+from tve_hf.pretrain.images import Images, draw_images, first_images, open_images, random_crop, read_image, set_aside
 
 NUMBER = 3
 
@@ -93,6 +93,38 @@ def check(images, column):
     assert len(found) == NUMBER
     for seed, image in enumerate(found):
         assert np.array_equal(image, noise_image(seed))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_of_images_are_files_too(sources, tmp_path, streaming):
+    """Wherever in them they are, but neither hidden ones nor files of other kinds."""
+    for seed, name in enumerate(("a/0.png", "a/b/1.PNG", "c d[1]/2.jpeg")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(seed))
+    for name in ("a/notes.txt", "a/.3.png", ".cache/4.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(9))
+    check(opened([str(tmp_path)], streaming), "image")
+    check(opened([str(tmp_path / "a"), str(tmp_path / "c d[1]" / "2.jpeg")], streaming), "image")
+    check(opened([str(tmp_path / "a"), str(sources / "folder" / "2*.png")], streaming), "image")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ["parquet/train.parquet", "folder/*.png"],
+            r"train.parquet and .*\*.png are of different kinds; pass files of",
+        ),
+        (["folder", "plain.parquet"], "plain.parquet is no image, and beside a folder only images are read"),
+        (["folder", "parquet"], "folder .*parquet holds no images, but .parquet; name the files in it by a pattern"),
+        (["nothing"], "folder .*nothing holds no images, but nothing; name the files"),
+    ],
+)
+def test_kinds_of_files_are_not_mixed(sources, files, message):
+    (sources / "nothing").mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match=message):
+        opened([str(sources / file) for file in files])
 
 
 def test_the_column_is_guessed_only_where_it_is_clear(tmp_path):
@@ -176,6 +208,35 @@ def test_images_of_a_sorted_set_are_drawn_from_all_its_classes(grey_classifier, 
     assert len({tuple(numbers) for numbers in drawn}) == 50
     if streaming:  # no more rows are read than fit in the buffer
         assert max(rows(0, 5, 10)) < 10
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_are_set_aside_at_random_and_never_trained_on(streaming):
+    """Of all classes of a sorted set, and the same ones for the same seed."""
+    images = sorted_by_class(streaming)
+
+    def rows(part):
+        return [read_image(row["image"]).getpixel((0, 0))[0] for row in part.data]
+
+    def split(seed, number=16, buffer_size=1000):
+        training, held = set_aside(images, number, seed, buffer_size)
+        assert sorted(rows(training) + rows(held)) == list(range(200))
+        assert (training.number, held.number) == (len(rows(training)), len(rows(held)))
+        return rows(held)
+
+    drawn = [split(seed) for seed in range(30)]
+    assert {len(numbers) for numbers in drawn} == {16} and len({tuple(numbers) for numbers in drawn}) == 30
+    assert min(len({number // OF_EACH for number in numbers}) for numbers in drawn) > 3
+    counts = np.bincount(np.concatenate(drawn) // OF_EACH, minlength=CLASSES)
+    assert chisquare(counts).pvalue > 1e-3
+    assert split(7) == drawn[7]
+    assert len(split(0, 1000)) == 25 and split(0, 0) == []  # an eighth at most
+    if streaming:  # no more rows are read than fit in the buffer
+        assert max(split(0, 16, 40)) < 40 and len(split(0, 16, 40)) == 5
+        epochs = set_aside(images, 16, 0, 1000)[0].data.shuffle(seed=0, buffer_size=50)
+        for epoch in range(2):
+            epochs.set_epoch(epoch)
+            assert len(list(epochs)) == 184
 
 
 def test_random_crop():

@@ -15,7 +15,7 @@ from interruptions import before_step
 from tiny import save_run
 
 from tve_hf.pretrain import PretrainArguments, loop, pretrain
-from tve_hf.pretrain.processes import lock_folder
+from tve_hf.pretrain.processes import StopSignals, lock_folder
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -110,3 +110,25 @@ def test_a_killed_worker_is_told_and_the_next_start_resumes(settings, tmp_path, 
     AcceleratorState._reset_state(True)
     resumed = pretrain(PretrainArguments(**(settings | {"dataloader_num_workers": 0}))).state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_second_ctrl_c_ends_at_once(settings, tmp_path, monkeypatch):
+    """In the middle of the step after whose end the first would have ended the run."""
+
+    def impatient():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(loop, "take_step", before_step(4, impatient))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(PretrainArguments(**settings))
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_ctrl_c_that_a_launcher_passes_on_too_is_one(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with StopSignals() as signals:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.asked == signal.SIGINT

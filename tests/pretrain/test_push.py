@@ -40,7 +40,11 @@ def test_a_run_is_pushed_with_code_and_its_own_card(hub, settings, tmp_path, mon
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     (row,) = json.loads((folder / "training.json").read_text())["log"]
     card = files["README.md"].decode()
-    assert f"| median Spearman with exact | {row['spearman']:.3f} |" in card
+    assert f"| median Spearman with exact maps | {row['spearman']:.3f} |" in card
+    assert "under the rule `logit_averaged`" in card and "On 4 held-out images the explainer" in card
+    quality = json.loads(files["config.json"])["quality"]
+    assert quality.pop("num_images") == 4 and quality == {name: row[name] for name in quality}
+    assert {"spearman", "kept_error", "fidelity_gap", "exact_fidelity_gap"} <= quality.keys()
     assert 'model="ada/tve-tiny"' in card and "license" not in card.split("---")[1]
 
 

@@ -1,6 +1,7 @@
 """A run is put together: images drawn at random, and the last checkpoint of a run with the same settings."""
 
 import json
+import logging
 
 import datasets
 import pytest
@@ -8,6 +9,8 @@ import torch
 from accelerate.state import AcceleratorState
 from interruptions import before_step, fill_disk
 from PIL import Image
+from tiny import noise_image, same_weights, save_noise
+from transformers import pipeline
 
 import tve_hf
 from tve_hf.pretrain import PretrainArguments, loop, pretrain
@@ -108,3 +111,76 @@ def test_held_out_images_and_those_of_variances_are_drawn_from_all_classes(
     assert len(of_variances) == 64 and len(held_out) == 16
     assert len(of_variances.flatten(1)[:, 0].unique()) == 8 and len(held_out.flatten(1)[:, 0].unique()) > 3
     assert torch.equal(of_variances, seen[2]) and torch.equal(held_out, seen[3])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_without_other_images_some_are_set_aside_and_measure_the_explainer(
+    settings, streamed, tmp_path, monkeypatch, streaming
+):
+    """They are never decoded for a step, whether the run is stopped or not, and both end with the same bits."""
+    save_noise(tmp_path / "noise.parquet", 24)
+    settings |= {"train_files": [str(tmp_path / "noise.parquet")], "max_steps": 14, "save_steps": 7}
+    if streaming:
+        settings |= streamed(tmp_path / "noise.parquet") | {"shuffle_buffer": 24}
+    trained, held, take_step, first_images = set(), [], loop.take_step, tve_hf.pretrain.run.first_images
+
+    def bits(pixel_values):
+        return {image.numpy().tobytes() for image in pixel_values}
+
+    def note(run, batches, good):
+        trained.update(*(bits(batch.pixel_values) for batch in batches))
+        return take_step(run, batches, good)
+
+    def note_held(*arguments):
+        held.append(first_images(*arguments))
+        return held[-1]
+
+    monkeypatch.setattr(loop, "take_step", note)
+    monkeypatch.setattr(tve_hf.pretrain.run, "first_images", note_held)
+    whole = pretrain(PretrainArguments(**settings))
+    (aside,) = map(bits, held)
+    assert len(aside) == 3 and len(trained) == 21 and not aside & trained  # more than an epoch
+    log = json.loads((tmp_path / "run" / "training.json").read_text())["log"]
+    measured = {name: log[-1][name] for name in ("kept_error", "fidelity_gap", "exact_fidelity_gap")}
+    saved = tve_hf.TVEConfig.from_pretrained(tmp_path / "run")
+    assert saved.quality == whole.config.quality and {"num_images": 3, **measured}.items() <= saved.quality.items()
+
+    settings["output_dir"] = str(tmp_path / "stopped")
+    monkeypatch.setattr(loop, "take_step", before_step(10, fill_disk))
+    AcceleratorState._reset_state(True)
+    with pytest.raises(OSError):
+        pretrain(PretrainArguments(**settings))
+    monkeypatch.setattr(loop, "take_step", note)
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match="number of images set aside was 3 and is 2"):
+        pretrain(PretrainArguments(**(settings | {"validation_images": 2})))
+    AcceleratorState._reset_state(True)
+    resumed = pretrain(PretrainArguments(**settings))
+    assert same_weights(whole, resumed) and resumed.config.quality == whole.config.quality
+    assert bits(held[-1]) == aside and not aside & trained
+
+
+def test_a_run_without_validation_says_so(settings, tmp_path, capsys):
+    save_noise(tmp_path / "noise.parquet", 24)
+    settings |= {"train_files": [str(tmp_path / "noise.parquet")], "max_steps": 1, "validation_images": 0}
+    assert pretrain(PretrainArguments(**settings)).config.quality is None
+    assert "was not measured" in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_a_short_run_does_not_look_like_a_good_one(settings, tmp_path, capsys, caplog, monkeypatch):
+    """What it learnt in three steps is told at its end, in its card, and by a warning wherever it is used."""
+    monkeypatch.setattr(logging.getLogger("tve_hf"), "propagate", True)
+    save_noise(tmp_path / "noise.parquet", 24)
+    settings |= {"train_files": [str(tmp_path / "noise.parquet")], "max_steps": 3, "backgrounds": "random"}
+    settings |= {"learning_rate": 1e-4, "coalitions_per_image": 4}
+    pretrain(PretrainArguments(**settings))
+    told, following = capsys.readouterr().out.splitlines()[-2:]
+    assert told.startswith(f"The explainer is in {tmp_path / 'run'}. On 3 held-out images the explainer accounts for ")
+    assert told.endswith(", which is poor.") and "Next: tve-hf explain" in following and "--model" in following
+    assert ", which is poor." in (tmp_path / "run" / "README.md").read_text()
+    explain = pipeline("transferable-attribution", model=str(tmp_path / "run"), classifier=settings["classifier"])
+    (warning,) = (record.getMessage() for record in caplog.records if "poor" in record.getMessage())
+    assert "is poor: on 3 held-out images it accounts for" in warning and "Train it for more steps" in warning
+    results = explain([noise_image(0), noise_image(1)])
+    assert all(result["quality"] == explain.model.config.quality for (result,) in results)
+    assert sum("poor" in record.getMessage() for record in caplog.records) == 1

@@ -10,6 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..attribution import DEFAULT_RULES
+from ..compatibility import quality_in_words
 from ..evaluation.report import table_of
 from ..patches import as_pair
 from ..released import TAG
@@ -147,26 +149,31 @@ def _trained_values(folder: Path, config: dict[str, Any], results: dict[str, dic
 
 def _pretrained_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Of an explainer that has been measured by nothing but its own run."""
-    training = read_json(folder / "training.json")
+    training, quality = read_json(folder / "training.json"), config.get("quality")
     last, bad = training["log"][-1], training.get("bad_images", {"number": 0})
     whose = "sampled" if _backgrounds(config) == "random" else "exact"
     lines = {
-        f"median Spearman with {whose}": "spearman",
+        "median R² of the embeddings of fresh coalitions": "embedding_r2",
+        "median R² of the predicted class's logit on them": "logit_r2",
+        "median correlation with it": "logit_pearson",
+        f"median Spearman with {whose} maps": "spearman",
         "relative error of kept": "kept_error",
         "relative error of removed": "removed_error",
         "median ε of Theorem 1": "epsilon",
         "Fidelity+ − Fidelity− AUC of its maps": "fidelity_gap",
         "the same of exact maps": "exact_fidelity_gap",
-        "median R² of the embeddings of fresh coalitions": "embedding_r2",
-        "median R² of the predicted class's logit on them": "logit_r2",
-        "Fidelity+ − Fidelity− AUC of sampled maps": "sampled_fidelity_gap",
+        "the same of sampled maps": "sampled_fidelity_gap",
     }
-    measured = [[title, f"{float(last[key]):.3f}"] for title, key in lines.items() if key in last]
+    measured = quality_in_words(quality)
+    if quality:
+        rows = [[title, f"{float(quality[key]):.3f}"] for title, key in lines.items() if key in quality]
+        rule = config.get("rule") or DEFAULT_RULES[_backgrounds(config)]
+        measured += f" At the end of its training, under the rule `{rule}`:\n\n{_table([['', 'held-out'], *rows])}"
     arguments = training["arguments"].items()
     settings = {name: value for name, value in arguments if name != "output_dir" and value not in (None, [], False, 0)}
     return _shape_values(config) | {
         "steps": str(last["step"]),
-        "measured": _table([["held-out images", ""], *measured]) if measured else "It was not measured.",
+        "measured": measured,
         "bad_images": str(bad["number"]),
         "settings": "\n".join(f"- `{name}`: `{value}`" for name, value in settings.items()),
     }

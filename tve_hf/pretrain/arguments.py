@@ -20,6 +20,7 @@ CHANGEABLE = {
     "max_bad_images",
     "dataloader_num_workers",
     "save_steps",
+    "save_minutes",
     "save_total_limit",
     "logging_steps",
     "validation_images",
@@ -43,7 +44,9 @@ class PretrainArguments:
 
     classifier: str = field(metadata={"help": "Classifier whose backbone is explained: a name or folder."})
     output_dir: str = field(metadata={"help": "Where checkpoints and the explainer go."})
-    train_files: list[str] = _field([], "Parquet, arrow, tar (webdataset) or image files, or patterns of one kind.")
+    train_files: list[str] = _field(
+        [], "Parquet, arrow, tar (webdataset) or image files, patterns of one kind, or folders of images."
+    )
     validation_files: list[str] = _field([], "Held-out images, likewise.")
     dataset_name: str | None = _field(
         None, "Instead of files: a data set of the Hub, or a folder (parquet, save_to_disk, images, webdataset)."
@@ -79,7 +82,7 @@ class PretrainArguments:
     batch_size: int = _field(64, "Images per process and forward pass.")
     gradient_accumulation_steps: int = _field(1, "Forward passes per step.")
     num_epochs: int = _field(2, "Passes over the images.")
-    max_steps: int = _field(0, "Steps, instead of epochs; needed where the number of images is unknown.")
+    max_steps: int = _field(0, "Steps, instead of epochs if above 0; needed where the number of images is unknown.")
     cache_labels: bool = _field(False, "Keep each image's patches and flip, and their exact labels on disk.")
     normalize_labels: bool = _field(False, "Divide the squared error of each dimension by its variance.")
     learning_rate: float = _field(1e-3, "Peak learning rate.")
@@ -91,9 +94,15 @@ class PretrainArguments:
     seed: int = _field(0, "Of the weights, the order of the images and all draws.")
 
     save_steps: int = _field(500, "Steps between checkpoints, each with a validation.")
+    save_minutes: float = _field(30.0, "Minutes after which there is a checkpoint between them; 0 for none.")
     save_total_limit: int = _field(1, "Checkpoints to keep.")
-    logging_steps: int = _field(10, "Steps between reports to trackers.")
-    validation_images: int = _field(32, "Held-out images of each validation, drawn at random.")
+    logging_steps: int = _field(10, "Steps between rows of the log, in training.json and for trackers.")
+    validation_images: int = _field(
+        32,
+        "Held-out images of each validation, drawn at random: of the validation files or split, or else of the "
+        "training images, an eighth of them at most and not trained on, of a stream of its first shuffle_buffer. "
+        "0: none, so that nothing says how good the explainer is.",
+    )
     report_to: list[str] = _field([], "Trackers, such as tensorboard or wandb.")
     push_to_hub: bool = _field(False, "Upload the explainer and its card when the run is over.")
     hub_model_id: str | None = _field(None, "Repository to upload to; the name of output_dir by default.")
@@ -106,7 +115,8 @@ class PretrainArguments:
 
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must have in common with its checkpoint."""
-        return {name: value for name, value in asdict(self).items() if name not in CHANGEABLE}
+        values = asdict(self) | {"max_steps": max(0, self.max_steps)}
+        return {name: value for name, value in values.items() if name not in CHANGEABLE}
 
 
 def check_patches(number: int, grid: tuple[int, int]) -> None:
@@ -160,11 +170,16 @@ def check(args: PretrainArguments) -> None:
     if args.validation_split and not args.dataset_name:
         raise ValueError("validation_split is a split of dataset_name; pass validation_files beside train_files.")
     at_least_one = ("patches_per_image", "batch_size", "gradient_accumulation_steps", "save_steps")
-    for name in (*at_least_one, "save_total_limit", "logging_steps", "validation_images", "shuffle_buffer"):
+    for name in (*at_least_one, "save_total_limit", "logging_steps", "shuffle_buffer"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}, it must be at least 1.")
+    for name in ("validation_images", "save_minutes"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name} is {getattr(args, name)}, it must be 0, for none, or more.")
+    if not args.validation_images and (args.validation_files or args.validation_split):
+        raise ValueError("validation_images=0 asks for no validation; leave it, or the images of the validation, out.")
     if args.num_epochs < 1 and args.max_steps < 1:
-        raise ValueError("num_epochs and max_steps are both 0; pass one of them.")
+        raise ValueError("num_epochs and max_steps are both 0 or less; pass one of them.")
     if not 0 <= args.max_bad_images <= 1:
         raise ValueError(f"max_bad_images is {args.max_bad_images}, a share between 0 and 1 is needed.")
     for name in ("streaming", "random_resized_crop"):

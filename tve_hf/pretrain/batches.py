@@ -23,6 +23,7 @@ from ..classifiers import SplitClassifier
 from ..sources import UNREADABLE, Images, read_image
 from .arguments import PretrainArguments
 from .images import random_crop
+from .processes import STOPS
 
 
 class Key(NamedTuple):
@@ -140,20 +141,25 @@ class Stream:
             epoch, skipped = epoch + 1, 0
 
 
+def images_per_step(args: PretrainArguments, world: int) -> int:
+    """Images of a step, those of all processes together."""
+    return args.batch_size * args.gradient_accumulation_steps * world
+
+
 def steps_of(args: PretrainArguments, images: Images, world: int) -> int:
     """Steps of the whole run.
 
     Raises:
-        ValueError: If the images do not fill one step, or their number is unknown and `max_steps` is 0.
+        ValueError: If the images do not fill one step, or their number is unknown and `max_steps` is 0 or less.
     """
-    per_step = args.batch_size * args.gradient_accumulation_steps * world
+    per_step, max_steps = images_per_step(args, world), max(0, args.max_steps)
     if images.number is None:
-        if not args.max_steps:
+        if not max_steps:
             raise ValueError(f"{images.name} does not tell how many images it streams; pass max_steps.")
-        return args.max_steps
+        return max_steps
     if images.number < per_step and isinstance(images.data, Dataset):
         raise ValueError(f"{images.name} hold fewer images than one batch of {per_step}; lower batch_size.")
-    return args.max_steps or args.num_epochs * max(1, images.number // per_step)
+    return max_steps or args.num_epochs * max(1, images.number // per_step)
 
 
 @contextmanager
@@ -200,7 +206,7 @@ def _outlive_signals(closing: Any, worker: int) -> None:
         if closing.is_set():
             os._exit(0)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in STOPS:
         signal.signal(number, end)
 
 

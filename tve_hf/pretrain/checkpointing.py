@@ -153,8 +153,8 @@ class Progress:
 
     Args:
         settings: that a resumed run must share.
-        log: a row for each checkpoint interval.
-        sums: of kept and removed loss since the last row, (2,).
+        log: a row for every few steps.
+        sums: of the losses since the last row, as `labels.LOSSES` names them.
         since: steps since then.
         bad: images that could not be read, name -> reason.
     """

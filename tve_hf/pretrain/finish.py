@@ -1,10 +1,13 @@
 """How a run ends: with a checkpoint after a signal, or with its explainer, which is written and pushed."""
 
+import math
 import os
+import shlex
 from dataclasses import asdict
 
 from torch import Tensor
 
+from ..compatibility import quality_in_words
 from ..files import dumps, write_whole
 from ..hub.model_card import render_card
 from ..hub.push import publish
@@ -19,6 +22,7 @@ SHOWN_BAD = 100  # of the unreadable images, in training.json
 
 def save(run: Run) -> None:
     """Write a checkpoint."""
+    run.progress.sums = run.mean_losses()  # of which that of the main process is written
     progress, limit = run.progress.to_dict(), run.args.save_total_limit
     save_checkpoint(run.accelerator, run.output_dir, run.done, progress, run.position, limit)
 
@@ -29,7 +33,6 @@ def stop(run: Run, number: int) -> None:
     Raises:
         SystemExit: With 128 + number.
     """
-    run.progress.sums = run.mean_losses()
     save(run)
     end_together(run.accelerator)
     run.accelerator.print(f"Stopped by a signal; the same command goes on from step {run.done}.")
@@ -42,16 +45,28 @@ def finish(run: Run) -> TVEExplainer:
     run.model.eval()
     if isinstance(run.held_out, HeldOutCoalitions):
         run.config.refine_coalitions, run.config.refine_strength = run.held_out.fit_refinement(run.model)
+    run.config.quality = _quality(run)
     weights = accelerator.get_state_dict(run.model)
     explainer = accelerator.unwrap_model(run.model)
     if run.labels and accelerator.is_local_main_process:
         run.labels.path.unlink(missing_ok=True)
     if accelerator.is_main_process:
         _write(run, explainer, weights)
+        print(f"The explainer is in {run.output_dir}. {quality_in_words(run.config.quality)}")
+        print(f"Next: tve-hf explain photo.jpg --model {shlex.quote(str(run.output_dir))}")
     end_together(accelerator)
     if accelerator.is_main_process and run.args.push_to_hub:
         publish(run.output_dir, run.repo_id, run.args.hub_private_repo)
     return explainer
+
+
+def _quality(run: Run) -> dict[str, float | int] | None:
+    """What the last validation measured, as far as it is finite; None without held-out images."""
+    if run.held_out is None:
+        return None
+    measured = {name: run.progress.log[-1].get(name, math.nan) for name in run.held_out.measures}
+    finite = {name: value for name, value in measured.items() if math.isfinite(value)}
+    return {"num_images": len(run.held_out.pixel_values), **finite}
 
 
 def _write(run: Run, explainer: TVEExplainer, weights: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..attribution import exact_meta_attribution, transfer
+from ..attribution import exact_meta_attribution, rule_of, transfer
 from ..classifiers import SplitClassifier
 from ..configuration_tve import TVEConfig
 from ..fidelity import fidelity
@@ -20,6 +20,8 @@ NUM_PICTURES = 4
 class HeldOut:
     """Held-out images with their exact meta-attributions, which are computed once.
 
+    Maps, predicted or not, are those of the explainer's own rule.
+
     Args:
         classifier: in full precision, reading the explainer's feature maps.
         pixel_values: the images, (B, 3, H, W).
@@ -27,6 +29,7 @@ class HeldOut:
     """
 
     reference = "exact"  # what the predicted maps are compared with
+    measures = ("kept_error", "removed_error", "spearman", "epsilon", "fidelity_gap", "exact_fidelity_gap")
 
     @torch.no_grad()
     def __init__(self, classifier: SplitClassifier, pixel_values: Tensor, config: TVEConfig):
@@ -38,7 +41,8 @@ class HeldOut:
         self.exact_gap = self._gap(self.exact_scores)
 
     def _scores(self, pair: tuple[Tensor, Tensor]) -> Tensor:
-        return transfer(*pair, self.classifier, self.class_idx, "log_prob")
+        config = self.config
+        return transfer(*pair, self.classifier, self.class_idx, rule_of(config), config.grid_size, config.hops)
 
     def _gap(self, scores: Tensor) -> float:
         """Mean Fidelity+ AUC - Fidelity- AUC."""
@@ -47,11 +51,12 @@ class HeldOut:
 
     @torch.no_grad()
     def compare(self, explainer: Callable[..., Any]) -> tuple[dict[str, float], Image.Image]:
-        """Compare predicted with exact, all patches, Eq. 7.
+        """Compare predicted with exact, all patches.
 
         Returns:
-            `kept_error` and `removed_error` (means), `spearman` and `epsilon` of Theorem 1 (medians), `fidelity_gap`
-            and `exact_fidelity_gap` (means); and a picture of some images beside their exact and predicted maps.
+            `kept_error` and `removed_error` (means), `spearman` of the maps and `epsilon` of Theorem 1 (medians),
+            `fidelity_gap` and `exact_fidelity_gap` of the maps (means); and a picture of some images beside their
+            exact and predicted maps.
         """
         output = explainer(
             pixel_values=self.pixel_values, features=self.seen.features, embeddings=self.seen.embeddings

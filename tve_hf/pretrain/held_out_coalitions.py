@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..attribution import of_class, rule_of, transfer
+from ..attribution import of_class, rule_of
 from ..classifiers import SplitClassifier
 from ..configuration_tve import CoalitionName, TVEConfig
 from ..modeling_tve import embedding_of, phi_and_base
@@ -32,6 +32,7 @@ class HeldOutCoalitions(HeldOut):
     """
 
     reference = "sampled"
+    measures = ("embedding_r2", "logit_r2", "logit_pearson", "spearman", "fidelity_gap", "sampled_fidelity_gap")
 
     @torch.no_grad()
     def __init__(self, classifier: SplitClassifier, pixel_values: Tensor, config: TVEConfig):
@@ -49,7 +50,7 @@ class HeldOutCoalitions(HeldOut):
 
     @torch.no_grad()
     def compare(self, explainer: Callable[..., Any]) -> tuple[dict[str, float], Image.Image]:
-        """Compare predicted embeddings of coalitions with true ones, and maps (Eq. 7) with those of sampling.
+        """Compare predicted embeddings of coalitions with true ones, and maps with those of sampling.
 
         Returns:
             Medians of `embedding_r2`, the share of an image's variance over coalitions that the prediction accounts
@@ -84,7 +85,7 @@ class HeldOutCoalitions(HeldOut):
             pixel_values=self.pixel_values, features=self.seen.features, embeddings=self.seen.embeddings
         )
         pair, rule = (output.kept, output.removed), rule_of(self.config)
-        scores = transfer(*pair, self.classifier, self.class_idx, rule, self.config.grid_size, self.config.hops)
+        scores = self._scores(pair)
         gaps: dict[tuple[CoalitionName, float], float] = {}
         names: list[CoalitionName] = ["independent", self.config.coalitions]
         for name in dict.fromkeys(names):

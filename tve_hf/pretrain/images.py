@@ -1,7 +1,11 @@
 """Images to pre-train on: which, and cut how."""
 
+import hashlib
 import math
 import random
+from functools import partial
+from itertools import islice
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -36,6 +40,55 @@ def random_crop(image: PILImage.Image, draw: random.Random) -> PILImage.Image:
             left, top = draw.randint(0, width - wide), draw.randint(0, height - high)
             return image.crop((left, top, left + wide, top + high))
     return image  # too narrow for any
+
+
+def set_aside(images: Images, number: int, seed: int, buffer_size: int) -> tuple[Images, Images]:
+    """Split random images off a data set, to be held out; the same ones for the same seed.
+
+    Args:
+        number: of images to hold out, if they are no more than an eighth of those that are drawn from.
+        buffer_size: of a stream, the rows at its beginning that are drawn from.
+
+    Returns:
+        What is left to train on, and what is held out.
+    """
+    if isinstance(images.data, Dataset):
+        # As for `draw_images`, from the end of the order whose beginning `tve-hf evaluate` takes.
+        order = torch.randperm(len(images.data), generator=torch.Generator().manual_seed(seed)).flip(0)
+        held, rest = order.tensor_split([min(number, len(order) // 8)])
+        return _rows(images, rest.sort().values), _rows(images, held)
+    rows: Any = _draw_rows(images, number, seed, buffer_size)
+    known = frozenset(_identity(row[images.column]) for row in rows)
+    training = images.data.filter(partial(_is_none_of, known, images.column))
+    left = None if images.number is None else images.number - len(rows)
+    return images._replace(data=training, number=left), images._replace(data=rows, number=len(rows))
+
+
+def _rows(images: Images, indices: Tensor) -> Images:
+    return images._replace(data=images.data.select(indices.tolist()), number=len(indices))
+
+
+def _draw_rows(images: Images, number: int, seed: int, buffer_size: int) -> list[dict[str, Any]]:
+    """Random rows of the first of a stream, in one reading and without keeping the others."""
+    draw, seen = random.Random(seed), 0
+    drawn: list[dict[str, Any]] = []
+    # A buffer of one row shuffles the files alone.
+    for seen, row in enumerate(islice(images.data.shuffle(seed=seed, buffer_size=1), buffer_size), 1):
+        if len(drawn) < number:
+            drawn.append(row)
+        elif (place := draw.randrange(seen)) < number:
+            drawn[place] = row
+    draw.shuffle(drawn)
+    return drawn[: seen // 8]
+
+
+def _identity(image: dict[str, Any]) -> bytes | str:
+    """What an undecoded image of a stream, which numbers none, is known by: its bytes, or else its path."""
+    return image["path"] if image["bytes"] is None else hashlib.sha256(image["bytes"]).digest()
+
+
+def _is_none_of(known: frozenset[bytes | str], column: str, row: dict[str, Any]) -> bool:
+    return _identity(row[column]) not in known
 
 
 def draw_images(images: Images, classifier: SplitClassifier, number: int, seed: int, buffer_size: int) -> Tensor:

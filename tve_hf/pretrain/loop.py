@@ -23,14 +23,14 @@ from .run import Run, set_up
 def pretrain(args: PretrainArguments) -> TVEExplainer:
     """Train an explainer by Eq. 8 and save it, with its processor, card and `training.json`, in `args.output_dir`.
 
-    Started again with the same arguments, an interrupted run goes on from its last checkpoint. On SIGTERM and SIGUSR1
-    it writes one and ends.
+    Started again with the same arguments, an interrupted run goes on from its last checkpoint. On SIGTERM, SIGUSR1 and
+    SIGINT, which is Ctrl-C, it writes one and ends.
 
     Raises:
         ValueError: If a setting or the images are wrong, or the settings are not those of the checkpoint.
         OSError: If nothing can be written, or another run is writing there; the last checkpoint stays intact.
         ChildProcessError: If a process that decodes images was killed; the last checkpoint stays intact.
-        SystemExit: After SIGTERM or SIGUSR1, with 128 + the signal's number.
+        SystemExit: After one of these signals, with 128 + the signal's number.
     """
     args = with_sizes_of_explainer(args)
     check(args)
@@ -43,16 +43,19 @@ def pretrain(args: PretrainArguments) -> TVEExplainer:
 
 
 def learn(run: Run) -> None:
-    """Take all steps that are left, with a row of the log and a checkpoint every few."""
+    """Take all steps that are left, with a row of the log every few, and a validation and a checkpoint every more."""
     args = run.args
     own = args, run.images, run.classifier, run.rank, run.world, run.steps, run.done, run.position
     with StopSignals() as signals, Reports(run) as reports, batches_of(*own) as stream:
         while run.done < run.steps:
             batches: list[Batch] = [next(stream) for _ in range(args.gradient_accumulation_steps)]
             counts = [sum(len(batch.places) for batch in batches), sum(len(batch.bad) for batch in batches)]
-            good, bad, asked = over_processes(run.accelerator, [*counts, int(signals.asked > 0)])
+            good, bad, asked, late = over_processes(run.accelerator, [*counts, signals.asked > 0, reports.is_late])
             if asked:
                 stop(run, signals.asked or signal.SIGTERM)
+            if late:
+                save(run)
+                reports.restart_clock()
             if bad:
                 count_unreadable(run, batches)
             if not good:
@@ -61,9 +64,11 @@ def learn(run: Run) -> None:
             run.count_step(losses, batches[-1].position)
             reports.show(losses)
             if run.done % args.save_steps == 0 or run.done == run.steps:
-                reports.add_row()
+                reports.add_row(validated=True)
                 save(run)
                 reports.restart_clock()
+            elif run.done % args.logging_steps == 0:
+                reports.add_row()
 
 
 def take_step(run: Run, batches: list[Batch], good: int) -> Tensor:

@@ -73,6 +73,7 @@ def _identity(classifier: SplitClassifier) -> dict[str, Any]:
         "image_std": std,
         "backbone_name": os.path.basename(name.rstrip("/")) if os.path.isdir(name) else name,
         "backbone_fingerprint": classifier.fingerprint(),
+        "quality": None,  # until it is measured with this backbone
     }
 
 

@@ -22,6 +22,7 @@ from .arguments import PretrainArguments
 logger = logging.get_logger(__name__)
 
 LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"}  # by Accelerate's launcher, by torchrun's
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # the last by Ctrl-C
 WORKER_DIED = "DataLoader worker (pid"  # so begins what torch says of a worker that was killed
 
 
@@ -87,10 +88,11 @@ def end_together(accelerator: Accelerator) -> None:
 
 
 class StopSignals:
-    """Remember SIGTERM and SIGUSR1, in a with-block, instead of dying of them.
+    """Remember SIGTERM, SIGUSR1 and SIGINT, in a with-block, instead of dying of them.
 
-    A launcher that such a signal or another ends without passing it on counts as SIGTERM: what it launched would go on
-    unseen.
+    A second Ctrl-C ends the process at once; but not one that a launcher has started, which may pass on what its
+    terminal has sent to both. A launcher that such a signal or another ends without passing it on counts as SIGTERM:
+    what it launched would go on unseen.
     """
 
     def __init__(self) -> None:
@@ -105,11 +107,16 @@ class StopSignals:
         return self._number or (signal.SIGTERM if orphaned else 0)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._launcher is None:
+            if self._number == signal.SIGINT:
+                raise KeyboardInterrupt
+            # Not by print, in the middle of which the signal may have come.
+            os.write(2, b"\nStopping after this step, with a checkpoint; Ctrl-C again ends without one.\n")
         self._number = number
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # where alone handlers can be set
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in STOPS:
                 self._before[number] = signal.signal(number, self._remember)
         return self
 

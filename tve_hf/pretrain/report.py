@@ -46,30 +46,36 @@ class Reports:
     def images_per_second(self) -> float:
         return (self.run.done - self.begun) * self.run.per_step / (time.perf_counter() - self.start)
 
-    def show(self, losses: Tensor) -> None:
-        """Show the losses of the last step, as `LOSSES` names them; every few steps to trackers too."""
-        run = self.run
-        named = dict(zip(LOSSES[run.config.backgrounds], losses.tolist(), strict=True))
-        shown = {"loss": losses.sum().item(), **named, "images/s": self.images_per_second}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
-        if run.done % run.args.logging_steps == 0:
-            run.accelerator.log(shown | {"learning_rate": run.schedule.get_last_lr()[0]}, run.done)
+    @property
+    def is_late(self) -> bool:
+        """Whether the last checkpoint is so old that another is due; by the clock of the main process."""
+        minutes = self.run.args.save_minutes
+        if not (minutes and self.run.accelerator.is_main_process and self.run.done > self.begun):
+            return False
+        return time.perf_counter() - self.start > 60 * minutes
 
-    def add_row(self) -> None:
-        """Validate, and add a row of means since the last one to the log."""
-        run, rate = self.run, self.images_per_second
+    def show(self, losses: Tensor) -> None:
+        """Show the losses of the last step, as `LOSSES` names them."""
+        named = dict(zip(LOSSES[self.run.config.backgrounds], losses.tolist(), strict=True))
+        self.bar.set_postfix(named | {"images/s": self.images_per_second}, refresh=False)
+        self.bar.update()
+
+    def add_row(self, validated: bool = False) -> None:
+        """Add a row of means since the last one to the log, perhaps with a validation, and send it to trackers."""
+        run, rate = self.run, {"images_per_second": self.images_per_second}
         means = run.mean_losses() / run.progress.since
         row = {
             "step": run.done,
+            "loss": means.sum().item(),
             **dict(zip(LOSSES[run.config.backgrounds], means.tolist(), strict=True)),
             "learning_rate": run.schedule.get_last_lr()[0],
-            "images_per_second": rate,
-            **self._validate(),
         }
+        if validated:
+            row |= rate | self._validate()
+        run.accelerator.log({name: value for name, value in (rate | row).items() if name != "step"}, run.done)
         run.progress.log.append({key: round(value, 6) for key, value in row.items()})
         run.progress.sums, run.progress.since = torch.zeros_like(means), 0
-        if run.accelerator.is_main_process:
+        if validated and run.accelerator.is_main_process:
             self.bar.write(dumps(run.progress.log[-1]))
 
     def _validate(self) -> dict[str, float]:
@@ -80,7 +86,6 @@ class Reports:
         run.model.eval()
         measured, picture = run.held_out.compare(run.model)
         run.model.train()
-        run.accelerator.log(measured, run.done)
         if run.accelerator.is_main_process:
             with writing("The picture of the validation", run.output_dir):
                 write_whole(run.output_dir / f"validation-{run.done}.png", picture.save)

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from datasets import Dataset
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from transformers.utils import logging
 
 from ..classifiers import SplitClassifier, split_classifier
 from ..classifiers.layout import with_channels_last
@@ -17,15 +19,18 @@ from ..configuration_tve import TVEConfig
 from ..hub.push import writable
 from ..modeling_tve import TVEExplainer
 from .arguments import PretrainArguments
-from .batches import steps_of
+from .batches import images_per_step, steps_of
 from .checkpointing import Progress, load_checkpoint, remove_unfinished
 from .held_out import HeldOut
 from .held_out_coalitions import HeldOutCoalitions
-from .images import Images, draw_images, open_images
+from .images import Images, draw_images, first_images, open_images, set_aside
 from .label_cache import LabelCache
 from .labels import LOSSES, draw, label_weights
 from .model import HALF, build_explainer, build_optimizer, choose_attention
 
+logger = logging.get_logger(__name__)
+
+LEAST_HELD_OUT = 2
 LABEL_IMAGES = 64  # of the training set, to measure the variances of --normalize_labels on
 
 
@@ -43,7 +48,7 @@ class Run:
         teacher: the same in the precision of the training: its backbone is the frozen G.
         config: the explainer's.
         label_weights: of --normalize_labels, as `labels.label_weights` gives them.
-        held_out: images to validate on.
+        held_out: images to validate on, if there are any.
         model, optimizer, schedule: the explainer and what moves its weights, as Accelerate prepared them.
         progress: what is reported and counted.
         done: steps.
@@ -79,7 +84,7 @@ class Run:
     def __post_init__(self) -> None:
         self.output_dir = Path(self.args.output_dir)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.per_step = self.args.batch_size * self.args.gradient_accumulation_steps * self.world
+        self.per_step = images_per_step(self.args, self.world)
         self.device, self.dtype = self.teacher.device, self.teacher.dtype
 
     def count_step(self, losses: Tensor, position: tuple[int, int]) -> None:
@@ -102,17 +107,20 @@ def set_up(args: PretrainArguments, accelerator: Accelerator) -> Run:
     """
     repo_id = _repository(args, accelerator)
     images = _open_data(args, accelerator)
+    classifier = _split_classifier(args, accelerator)
+    images, aside = _set_aside(args, accelerator, images, classifier)
     steps = steps_of(args, images, accelerator.num_processes)
     set_seed(args.seed)
-    explainer, classifier = build_explainer(args, _split_classifier(args, accelerator))
+    explainer, classifier = build_explainer(args, classifier)
     config = explainer.config
     teacher = _frozen_teacher(args, accelerator, config)
     weights = _measure_label_weights(args, accelerator, images, steps, classifier, config)
-    held_out = _open_held_out(args, accelerator, classifier, config)
+    held_out = _open_held_out(args, accelerator, aside, classifier, config)
     model, optimizer, schedule = _prepare(args, accelerator, explainer, teacher, steps)
     settings = args.fixed() | {
         "num_processes": accelerator.num_processes,
         "number of images": images.number,
+        "number of images set aside": aside.number if aside else 0,
         "backbone_fingerprint": config.backbone_fingerprint,
     }
     progress = Progress(settings, sums=torch.zeros(len(LOSSES[config.backgrounds])))
@@ -144,6 +152,31 @@ def _split_classifier(args: PretrainArguments, accelerator: Accelerator) -> Spli
     return classifier
 
 
+def _set_aside(
+    args: PretrainArguments, accelerator: Accelerator, images: Images, classifier: SplitClassifier
+) -> tuple[Images, Images | None]:
+    """Hold some of the images back to validate on, if no others are named; too few of them would say nothing."""
+    if not args.validation_images or args.validation_files or args.validation_split:
+        return images, None
+    if not classifier.id2label:
+        if accelerator.is_main_process:
+            logger.warning(
+                f"{classifier.name} has no classes to validate on, so nothing will say how good its explainer is; "
+                "candidate_labels give it some."
+            )
+        return images, None
+    number = args.validation_images
+    if isinstance(images.data, Dataset):  # a step has to be left
+        number = min(number, len(images.data) - images_per_step(args, accelerator.num_processes))
+    training, aside = set_aside(images, max(0, number), args.seed, args.shuffle_buffer)
+    if (aside.number or 0) < LEAST_HELD_OUT:
+        if accelerator.is_main_process:
+            logger.warning(f"{images.name} hold too few images to set some aside: the explainer will not be measured.")
+        return images, None
+    accelerator.print(f"{aside.number} random images are not trained on, but measure the explainer.")
+    return training, aside
+
+
 def _frozen_teacher(args: PretrainArguments, accelerator: Accelerator, config: TVEConfig) -> SplitClassifier:
     # Frozen, so in half precision throughout: under autocast its weights would be cast anew in every pass.
     dtype = HALF.get(accelerator.mixed_precision, torch.float32)
@@ -168,12 +201,20 @@ def _measure_label_weights(
 
 
 def _open_held_out(
-    args: PretrainArguments, accelerator: Accelerator, classifier: SplitClassifier, config: TVEConfig
+    args: PretrainArguments,
+    accelerator: Accelerator,
+    aside: Images | None,
+    classifier: SplitClassifier,
+    config: TVEConfig,
 ) -> HeldOut | None:
-    if not (args.validation_files or args.validation_split):
+    """The images of the validation: those that were set aside, or of the files or split that are named for it."""
+    if aside is not None:
+        pixel_values = first_images(aside, classifier, args.validation_images)
+    elif args.validation_files or args.validation_split:
+        images = open_images(args, args.validation_files, args.validation_split or "train", args.streaming)
+        pixel_values = draw_images(images, classifier, args.validation_images, args.seed, args.shuffle_buffer)
+    else:
         return None
-    images = open_images(args, args.validation_files, args.validation_split or "train", args.streaming)
-    pixel_values = draw_images(images, classifier, args.validation_images, args.seed, args.shuffle_buffer)
     watch = HeldOutCoalitions if config.backgrounds == "random" else HeldOut
     return watch(classifier, pixel_values.to(accelerator.device), config)
 
