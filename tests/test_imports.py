@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 
 # The folders, lowest first: files of one import from those before it, from their own, and from the top level.
-FOLDERS = ["classifiers", "vit_shapley", "methods", "evaluation", "metrics", "benchmark", "hub", "pretrain"]
+FOLDERS = ["classifiers", "vit_shapley", "methods", "evaluation", "metrics", "benchmark", "hub", "pretrain", "cli"]
 MAX_LINES, MAX_TOP_LEVEL = 300, 30
 # Extras, and what they bring along: never needed to explain an image.
 HEAVY = ["accelerate", "captum", "datasets", "evaluate", "gradio", "matplotlib", "peft", "skimage", "sklearn", "timm"]
