@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,7 +134,7 @@ def full_disk(monkeypatch, ending):
         raise OSError(28, "No space left on device", str(path))
 
     save, write_text = Image.Image.save, Path.write_text
-    monkeypatch.setattr(Image.Image, "save", lambda self, p, *a: full(p) if ending in str(p) else save(self, p, *a))
+    monkeypatch.setattr(Image.Image, "save", lambda self, p, **k: full(p) if ending in str(p) else save(self, p, **k))
     monkeypatch.setattr(
         Path, "write_text", lambda self, data: full(self) if ending in str(self) else write_text(self, data)
     )
@@ -324,18 +325,19 @@ class Stub:
 
     def __call__(self, images, batch_size=1):
         if isinstance(images, list):
-            return [self(image)[0:] for image in images]
+            return [self(image) for image in images]
         drawn = {"overlay": Image.new("RGB", (3, 3)), "figure": Image.new("RGB", (5, 5))}
         return [{"label": "cat", "class_idx": 0, "score": 0.5, "attribution": np.eye(2, dtype=np.float32), **drawn}]
 
 
-@pytest.mark.parametrize(("options", "size"), [([], (5, 5)), (["--plain"], (3, 3))])
+@pytest.mark.parametrize(("options", "size"), [([], (5, 5)), (["--plain"], (3, 3)), (["--blocky", "--full-size"], (5, 5))])
 def test_a_method_is_named_to_the_pipeline_and_its_figure_saved(photos, tmp_path, monkeypatch, capsys, options, size):
     asked = []
     monkeypatch.setattr(transformers, "pipeline", lambda *args, **kwargs: asked.append((args, kwargs)) or Stub())
     arguments = ["explain", *photos[:2], "--method", "grad_cam", "--classifier", "mine", "--output", tmp_path / "out"]
     assert main([*map(str, arguments), *options]) == 0
-    assert asked == [(("transferable-attribution",), {"classifier": "mine", "method": "grad_cam"})]
+    drawing = {"smooth": False, "max_size": None} if "--blocky" in options else {}
+    assert asked == [(("transferable-attribution",), {"classifier": "mine", "method": "grad_cam"} | drawing)]
     assert Image.open(tmp_path / "out" / "a.tve.png").size == size
     assert "cat (50.0%)" in (out := capsys.readouterr().out) and "[grad_cam]" in out
 
@@ -375,19 +377,22 @@ def test_a_reader_that_goes_away_is_no_bug(pair, photos, tmp_path):
     assert not [*(tmp_path / "out").glob(".*")]
 
 
-def test_an_interruption_leaves_whole_files(explain, photos, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_leaves_whole_files(explain, photos, tmp_path, capsys, monkeypatch, number, code):
     postprocess = TransferableAttributionPipeline.postprocess
+    before = signal.getsignal(number)
 
     def interrupted(self, outputs):
         if outputs["results"][0]["image"].size == (40, 31):  # of the second photograph
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return postprocess(self, outputs)
 
     monkeypatch.setattr(TransferableAttributionPipeline, "postprocess", interrupted)
-    assert explain("--batch-size", 1, *photos[:2]) == 130
+    assert explain("--batch-size", 1, *photos[:2]) == code
     err = capsys.readouterr().err
     assert err.startswith("tve-hf: interrupted.") and "their files are whole" in err and len(err.splitlines()) == 2
     assert set(written(tmp_path / "out")) <= {"a.tve.json", "a.tve.png"}
+    assert signal.getsignal(number) is before
 
 
 def test_default_photograph_and_checkpoints(tmp_path, monkeypatch, capsys):

@@ -125,8 +125,8 @@ def test_many_runs_of_any_images_lose_nothing(tmp_path):
     """Files of the user change by no run, and no two images ever share a result."""
     rng = random.Random(0)
     stems, endings = ("a", "b", "a.tve", "a-b", "A"), (".jpg", ".png", ".tve.png", "")
-    files = [tmp_path / folder / f"{s}{e}" for folder in ("", "b") for s in stems for e in endings]
-    (tmp_path / "b").mkdir()
+    files = [tmp_path / folder / f"{s}{e}" for folder in ("", "in") for s in stems for e in endings]
+    (tmp_path / "in").mkdir()
     for file in files:
         file.write_bytes(str(file).encode())
     owners: dict[str, Path] = {}
@@ -140,7 +140,7 @@ def test_many_runs_of_any_images_lose_nothing(tmp_path):
 
 def test_names_stay_short_enough(tmp_path):
     out = tmp_path / "out"
-    found = run(out, *(tmp_path / f"{'\u732b' * 80}{end}" for end in ("1.png", "2.png", "." + "x" * 9)), classes=10)
+    found = run(out, *(tmp_path / ("\u732b" * 80 + end) for end in ("1.png", "2.png", "." + "x" * 9)), classes=10)
     assert len(names(out)) == 33 and len({tuple(pictures) for pictures in found}) == 3
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from ..messages import REPORT, is_expected, message
 from .explain import explain
 from .hub import card, info, push
-from .parser import VERSION
+from .parser import INTERRUPTED, NOBODY_READS, VERSION
 from .training import evaluate, pretrain
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -21,9 +21,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "card": card,
     "push": push,
 }
-
-# What shells report of a process that SIGINT or SIGPIPE ended.
-INTERRUPTED, NOBODY_READS = 130, 141
 
 
 def main(arguments: list[str] | None = None) -> int:

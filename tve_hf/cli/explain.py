@@ -2,14 +2,16 @@
 
 import argparse
 import logging
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NoReturn
 
 from ..files import dumps
 from ..messages import message, verified
@@ -17,7 +19,7 @@ from .ahead import Item, batches, decoded, explained, num_workers
 from .inputs import Source, sources_of
 from .models import load_pipeline
 from .outputs import Unwritable, check_folder, places_of, save
-from .parser import parser_of
+from .parser import INTERRUPTED, TERMINATED, parser_of
 
 _BATCH_SIZE = 16
 # Arguments of the pipeline, which it checks and describes.
@@ -82,6 +84,8 @@ def _options() -> argparse.ArgumentParser:
         help="where photo.tve.png and photo.tve.json go; default explanations",
     )
     parser.add_argument("--plain", action="store_true", help="pictures without any text, of the photograph's size")
+    parser.add_argument("--blocky", action="store_true", help="draw each patch as a block, not smoothed")
+    parser.add_argument("--full-size", action="store_true", help="draw large photographs in full, not reduced")
     parser.add_argument("--json", action="store_true", help="print one JSON line for each image instead of text")
     parser.add_argument("--quiet", action="store_true", help="print errors alone, and JSON if asked for")
     return parser
@@ -97,17 +101,19 @@ def explain(arguments: list[str]) -> int:
     sources = sources_of(args.images, args.images_from) or [_example()]
     places = places_of(args.output, sources)
     options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
-    with _hushed(args.quiet):
-        explainer = load_pipeline(args.model, args.classifier, args.device, args.dtype, options)
+    options |= ({"smooth": False} if args.blocky else {}) | ({"max_size": None} if args.full_size else {})
+    with _hushed(args.quiet), _stopped_by_terminate():
+        with _without_bars():
+            explainer = load_pipeline(args.model, args.classifier, args.device, args.dtype, options)
         run = _Run(args, explainer, sources, places)
         try:
             run.go()
         except Unwritable as error:
             print(message(error, full=args.traceback), file=sys.stderr)
             return run.stopped(1)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print("tve-hf: interrupted.", file=sys.stderr)
-            return run.stopped(130)
+            return run.stopped(TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED)
     if not (args.json or args.quiet):
         took = time.perf_counter() - start
         print(f"{run.finished} of {len(sources)} images in {took:.2f} s, loading the models included")
@@ -128,22 +134,52 @@ def _example() -> Source:
 
 @contextmanager
 def _hushed(quiet: bool) -> Iterator[None]:
-    """Without the bars of transformers that show how weights are loaded; if quiet, without any warning too."""
-    from transformers.utils import logging as transformers_logging
-
+    """If quiet, without any warning and without bars; without bars too where nobody looks at them."""
     names = ("tve_hf", "transformers") if quiet else ()
     levels = {name: logging.getLogger(name).level for name in names}
-    had_bars = transformers_logging.is_progress_bar_enabled()
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with _without_bars() if quiet or not sys.stderr.isatty() else nullcontext():
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the bars of transformers, of which some show how weights are loaded."""
+    from transformers.utils import logging as transformers_logging
+
+    had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
         if had_bars:
             transformers_logging.enable_progress_bar()
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as `timeout` and batch systems send it."""
+
+
+@contextmanager
+def _stopped_by_terminate() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does, after what is being written."""
+
+    def stop(*_: Any) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # the only one to which signals come
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Run:
@@ -205,7 +241,8 @@ class _Run:
         else:
             lines = []
             for result in record["explanations"]:
-                how = f"rule {result['rule']}" if "rule" in result else self.args.method
+                method, rule = result.get("method", self.args.method), result.get("rule")
+                how = ", ".join(([method] if method not in (None, "tve") else []) + ([f"rule {rule}"] if rule else []))
                 lines.append(
                     f"{record['image']}: {result['label']} ({result['score']:.1%}) -> {result['overlay']} [{how}]"
                 )

@@ -1,4 +1,4 @@
-"""What all commands have in common: recipes, both spellings of each option, --version and --traceback."""
+"""What all commands have in common: exit codes, recipes, both spellings of each option, --version and --traceback."""
 
 import argparse
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from typing import Any
 from .. import __version__
 
 VERSION = f"tve-hf {__version__}"
+# What shells report of a process that SIGINT, SIGPIPE or SIGTERM ended.
+INTERRUPTED, NOBODY_READS, TERMINATED = 130, 141, 143
 _AT_SIGN = "@"  # before the name of a file of arguments
 
 
