@@ -141,14 +141,18 @@ def full_disk(monkeypatch, ending):
 
 
 @pytest.mark.parametrize("ending", ["b.tve.png", "b.tve.json"])
-def test_a_full_disk_ends_in_one_sentence_and_leaves_whole_files(explain, photos, tmp_path, capsys, monkeypatch, ending):
+def test_a_full_disk_ends_in_one_sentence_and_leaves_whole_files(
+    explain, photos, tmp_path, capsys, monkeypatch, ending
+):
     full_disk(monkeypatch, ending)
     assert explain(photos[0], photos[1]) == 1
     assert written(tmp_path / "out") == ["a.tve.json", "a.tve.png"]
     out, err = capsys.readouterr()
     first, second = err.splitlines()
     assert first.startswith(f"tve-hf: {tmp_path / 'out'} takes no results (No space left on device)")
-    assert second == "1 of 2 images are done; their files are whole." and "in " not in out.splitlines()[-1].split("->")[1]
+    assert (
+        second == "1 of 2 images are done; their files are whole." and "in " not in out.splitlines()[-1].split("->")[1]
+    )
 
 
 def test_a_rerun_replaces_its_own_results_and_removes_those_of_more_classes(explain, photos, tmp_path, capsys):
@@ -177,12 +181,16 @@ def test_in_the_folder_of_the_images_nothing_of_theirs_is_touched(pair, photos, 
         records = [strictly(line) for line in capsys.readouterr().out.splitlines()]
         found.append({record["source"]: record["explanations"][0]["overlay"] for record in records})
     assert [file.read_bytes() for file in files] == before
-    assert found[0] == found[1] == {
-        str(tmp_path / "a.jpg"): "a.jpg.tve.png",
-        str(tmp_path / "a.png"): "a.png.tve.png",
-        str(tmp_path / "b.png"): "b.tve.png",
-        str(tmp_path / "other" / "a.png"): "other/a.tve.png",
-    }
+    assert (
+        found[0]
+        == found[1]
+        == {
+            str(tmp_path / "a.jpg"): "a.jpg.tve.png",
+            str(tmp_path / "a.png"): "a.png.tve.png",
+            str(tmp_path / "b.png"): "b.tve.png",
+            str(tmp_path / "other" / "a.png"): "other/a.tve.png",
+        }
+    )
     assert len([*tmp_path.rglob("*.tve.*")]) == 8
 
 
@@ -241,9 +249,7 @@ def test_mistakes_end_in_one_sentence(pair, explain, photos, tmp_path, capsys, a
 def test_in_a_process_of_its_own(pair, photos, tmp_path):
     command = [sys.executable, "-m", "tve_hf", "explain", photos[0], tmp_path / "missing.png", "--json"]
     models = ["--classifier", pair[0], "--model", pair[1], "--output", tmp_path / "out"]
-    done = subprocess.run(
-        [*map(str, command), *map(str, models)], capture_output=True, text=True, cwd=ROOT
-    )
+    done = subprocess.run([*map(str, command), *map(str, models)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert [strictly(line)["image"] for line in done.stdout.splitlines()] == [str(photos[0])]
     assert "missing.png" in done.stderr and len(done.stderr.splitlines()) == 1
@@ -261,8 +267,12 @@ def test_a_bug_is_reported_as_one_and_leaves_the_other_images(explain, photos, t
     monkeypatch.setattr(TransferableAttributionPipeline, "postprocess", broken)
     assert explain(*photos) == 1
     out, err = capsys.readouterr()
-    assert written(tmp_path / "out") == ["other-a.png.tve.json", "other-a.png.tve.png"] + [
-        f"{folder_of(photos)}-a.png.tve.{end}" for end in ("json", "png")] and "2 of 3 images" in out
+    assert (
+        written(tmp_path / "out")
+        == ["other-a.png.tve.json", "other-a.png.tve.png"]
+        + [f"{folder_of(photos)}-a.png.tve.{end}" for end in ("json", "png")]
+        and "2 of 3 images" in out
+    )
     assert "Traceback" in err and "in broken" in err
     last = err.strip().splitlines()[-1]
     assert last.startswith(f"tve-hf: '{photos[1]}': unexpected {type(error).__name__}. ") and "please report" in last
@@ -280,7 +290,9 @@ def test_a_recipe_holds_one_argument_a_line_and_what_follows_goes_before_it(expl
 def test_both_spellings_of_options_and_names_that_no_terminal_shows(explain, photos, tmp_path, capsys):
     odd = tmp_path / os.fsdecode(b"\xff.png")
     photos[0].rename(odd)
-    assert explain("--top_k", 2, "--batch_size=1", "--class_idx", 1, odd) == 1  # understood, for they exclude one another
+    assert (
+        explain("--top_k", 2, "--batch_size=1", "--class_idx", 1, odd) == 1
+    )  # understood, for they exclude one another
     assert "exclude one another" in capsys.readouterr().err
     assert explain("--top_k", 2, "--json", odd) == 0
     assert strictly(capsys.readouterr().out)["image"] == str(odd)
@@ -303,7 +315,9 @@ def test_traceback_is_shown_where_it_is_asked_for(explain, photos, tmp_path, cap
     assert "Traceback" in err and "please report" not in err
 
 
-@pytest.mark.parametrize("options", [["--dtype", "bfloat16", "--device", "cpu"], ["--rule", "logit", "--label", "crane"]])
+@pytest.mark.parametrize(
+    "options", [["--dtype", "bfloat16", "--device", "cpu"], ["--rule", "logit", "--label", "crane"]]
+)
 def test_options_reach_the_pipeline(pair, explain, photos, capsys, options):
     if "--label" in options:  # two classes have this name
         assert explain(*options, photos[0]) == 1
@@ -330,7 +344,9 @@ class Stub:
         return [{"label": "cat", "class_idx": 0, "score": 0.5, "attribution": np.eye(2, dtype=np.float32), **drawn}]
 
 
-@pytest.mark.parametrize(("options", "size"), [([], (5, 5)), (["--plain"], (3, 3)), (["--blocky", "--full-size"], (5, 5))])
+@pytest.mark.parametrize(
+    ("options", "size"), [([], (5, 5)), (["--plain"], (3, 3)), (["--blocky", "--full-size"], (5, 5))]
+)
 def test_a_method_is_named_to_the_pipeline_and_its_figure_saved(photos, tmp_path, monkeypatch, capsys, options, size):
     asked = []
     monkeypatch.setattr(transformers, "pipeline", lambda *args, **kwargs: asked.append((args, kwargs)) or Stub())
@@ -401,5 +417,3 @@ def test_default_photograph_and_checkpoints(tmp_path, monkeypatch, capsys):
     assert main(["explain"]) == 0
     assert written(tmp_path / "explanations") == ["chelsea.tve.json", "chelsea.tve.png"]
     assert "chelsea.png: " in capsys.readouterr().out
-
-

@@ -106,7 +106,9 @@ def test_lists(place, monkeypatch):
         names(lists=["blank.txt"])
 
 
-@pytest.mark.parametrize(("data", "said"), [(b"", "is empty"), (b"b.jpg\nin/c.png\n", "--images-from -"), (b"\0\xff", "")])
+@pytest.mark.parametrize(
+    ("data", "said"), [(b"", "is empty"), (b"b.jpg\nin/c.png\n", "--images-from -"), (b"\0\xff", "")]
+)
 def test_standard_input(monkeypatch, data, said):
     stdin(monkeypatch, data)
     (source,) = sources_of(["-"])

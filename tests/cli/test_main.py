@@ -168,6 +168,8 @@ def test_a_full_standard_output_ends_in_one_sentence():
     if not Path("/dev/full").exists():
         pytest.skip("this system has no device that is always full")
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "tve_hf", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-m", "tve_hf", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
     assert done.returncode == 1
     assert done.stderr.startswith("tve-hf: ") and "No space left" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -19,7 +19,14 @@ def sources(*paths):
 
 def result(number=0):
     picture = Image.new("RGB", (2, 2), (number, 0, 0))
-    return {"label": "cat", "class_idx": 1, "score": 0.5, "attribution": np.eye(2), "overlay": picture, "heatmap": None}
+    return {
+        "label": "cat",
+        "class_idx": 1,
+        "score": 0.5,
+        "attribution": np.eye(2),
+        "overlay": picture,
+        "heatmap": None,
+    }
 
 
 def run(folder, *paths, classes=1):
@@ -61,7 +68,9 @@ def test_one_name_in_two_folders(tmp_path):
 
 def test_case_makes_a_difference_to_no_one(tmp_path):
     """Not every file system tells it."""
-    found = run(tmp_path / "out", *(tmp_path / name for name in ("Photo.jpg", "photo.jpg", "CAF\u00c9.png", "cafe\u0301.gif")))
+    found = run(
+        tmp_path / "out", *(tmp_path / name for name in ("Photo.jpg", "photo.jpg", "CAF\u00c9.png", "cafe\u0301.gif"))
+    )
     assert len({name.casefold() for (name,) in found}) == 4
     assert all(not name.startswith(("Photo.tve", "photo.tve")) for (name,) in found[:2])
 

@@ -16,7 +16,9 @@ def info(arguments: list[str]) -> int:
     )
     parser.add_argument("--author", help="also try the explainers of this user or organisation of the Hub")
     parser.add_argument("--collection", metavar="SLUG", help="also try the models of this collection of the Hub")
-    parser.add_argument("--search", metavar="WORD", help="only name the classes that have this word, with their numbers")
+    parser.add_argument(
+        "--search", metavar="WORD", help="only name the classes that have this word, with their numbers"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(arguments)
 
@@ -29,7 +31,11 @@ def info(arguments: list[str]) -> int:
     if args.search is not None:
         found = classes_with(args.search, args.classifier)
         classes = [{"class_idx": index, "label": label} for index, label in found.items()]
-        print(dumps(classes, indent=1) if args.json else "\n".join(f"{index:6} {label}" for index, label in found.items()))
+        print(
+            dumps(classes, indent=1)
+            if args.json
+            else "\n".join(f"{index:6} {label}" for index, label in found.items())
+        )
         return 0
     names = args.explainers or ([] if args.author or args.collection else [*EXPLAINERS])
     names += explainers_of(args.author) if args.author else []

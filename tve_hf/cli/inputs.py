@@ -142,7 +142,9 @@ def _from_stdin() -> Source:
     data = sys.stdin.buffer.read()
     image: Any = {"bytes": data, "path": None}
     if not data:
-        image = ValueError("Standard input is empty; send the bytes of an image, as in `tve-hf explain - < photo.jpg`.")
+        image = ValueError(
+            "Standard input is empty; send the bytes of an image, as in `tve-hf explain - < photo.jpg`."
+        )
     elif b"\0" not in data and _is_text(data):  # no image format does without
         image = ValueError("Standard input holds text; a list of images is read by `--images-from -`.")
     return Source(STDIN, image, PurePath("stdin"), _digest(data))

@@ -117,7 +117,9 @@ def _own_results(place: Path, key: str) -> set[str]:
     except (OSError, ValueError, TypeError, KeyError):  # none, or not from here
         return set()
     matches = {name: _RESULT.fullmatch(name) for name in names}
-    return {file.name, *(n for n, match in matches.items() if match and match["stem"] == place.name)} if is_own else set()
+    return (
+        {file.name, *(n for n, match in matches.items() if match and match["stem"] == place.name)} if is_own else set()
+    )
 
 
 def save(source: Source, results: list[dict[str, Any]], place: Path, plain: bool = False) -> dict[str, Any]:
