@@ -290,9 +290,8 @@ def test_a_recipe_holds_one_argument_a_line_and_what_follows_goes_before_it(expl
 def test_both_spellings_of_options_and_names_that_no_terminal_shows(explain, photos, tmp_path, capsys):
     odd = tmp_path / os.fsdecode(b"\xff.png")
     photos[0].rename(odd)
-    assert (
-        explain("--top_k", 2, "--batch_size=1", "--class_idx", 1, odd) == 1
-    )  # understood, for they exclude one another
+    # Understood, for they exclude one another.
+    assert explain("--top_k", 2, "--batch_size=1", "--class_idx", 1, odd) == 1
     assert "exclude one another" in capsys.readouterr().err
     assert explain("--top_k", 2, "--json", odd) == 0
     assert strictly(capsys.readouterr().out)["image"] == str(odd)

@@ -4,7 +4,8 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -21,7 +22,8 @@ def num_workers() -> int:
     return min(16, cores)
 
 
-class Item(NamedTuple):
+@dataclass(frozen=True)
+class Item:
     """One image on its way: which of all it is, where it is from, and its picture or why there is none."""
 
     index: int

@@ -17,7 +17,7 @@ from ..files import dumps
 from ..messages import message, verified
 from .ahead import Item, batches, decoded, explained, num_workers
 from .inputs import Source, sources_of
-from .models import load_pipeline
+from .models import load_pipeline, without_warnings
 from .outputs import Unwritable, check_folder, places_of, save
 from .parser import INTERRUPTED, TERMINATED, parser_of
 
@@ -107,7 +107,8 @@ def explain(arguments: list[str]) -> int:
             explainer = load_pipeline(args.model, args.classifier, args.device, args.dtype, options)
         run = _Run(args, explainer, sources, places)
         try:
-            run.go()
+            with without_warnings("transformers.pipelines"):  # asks for one call on a GPU, where batches are as fast
+                run.go()
         except Unwritable as error:
             print(message(error, full=args.traceback), file=sys.stderr)
             return run.stopped(1)

@@ -41,7 +41,7 @@ def load_pipeline(
             # Loaded here, since `pipeline` puts a traceback into the message of what goes wrong.
             options = {"model": TVEExplainer.from_pretrained(model, dtype=dtype)} | options
             classifier = classifier or classifier_of(model)
-        with _without("transformers.pipelines"):  # says that no model was named, which is as it should be
+        with without_warnings("transformers.pipelines"):  # says that no model was named, which is as it should be
             return pipeline("transferable-attribution", classifier=classifier, **options)
     except (RuntimeError, SafetensorError, StrictDataclassError) as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
@@ -91,8 +91,8 @@ def _checked_device(name: str) -> int | str:
 
 
 @contextmanager
-def _without(name: str) -> Iterator[None]:
-    """Silence the warnings of one logger."""
+def without_warnings(name: str) -> Iterator[None]:
+    """Silence the warnings of one logger and those below it."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
