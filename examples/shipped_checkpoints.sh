@@ -96,4 +96,5 @@ done
 tve-hf card $explainer --results $results/{tiny_imagenet,cats_vs_dogs} --license cc-by-nc-4.0 \
     --output "model_cards/$(basename $explainer).md"
 tve-hf explain --output docs
-rm docs/chelsea.json
+mv docs/chelsea.tve.png docs/chelsea.png
+rm docs/chelsea.tve.json

@@ -25,6 +25,7 @@ FOLDERS = [
     "benchmark",
     "hub",
     "pretrain",
+    "cli",
 ]
 MAX_LINES, MAX_TOP_LEVEL = 300, 30
 # Extras, and what they bring along: never needed to explain an image.

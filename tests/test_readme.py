@@ -211,7 +211,7 @@ def test_shell_blocks_run_or_parse(document, workplace, typed, hub):
     if document == README:
         assert {command[1] for command in commands if command[0] == "tve-hf"} == {*COMMANDS} - {"card"}
         assert set(hub.files("org/tve-vit-base")) > {"README.md", "model.safetensors"}
-        assert (workplace / "explanations" / "photo.png").exists()
+        assert (workplace / "explanations" / "photo.tve.json").exists()
 
 
 def run(commands: list[list[str]]) -> list[list[str]]:

@@ -4,19 +4,31 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 
 def write_whole(path: Path, save: Callable[[Path], Any]) -> None:
     """Write beside the file and rename, so that no half-written file stays behind."""
-    unfinished = path.with_name(f".{path.name}.partial{path.suffix}")
+    write_together({path: save})
+
+
+def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
+    """Write all files beside their places, and rename them once all are whole: in the order given, or not at all.
+
+    Args:
+        files: what saves each, given the path to save to.
+    """
+    unfinished = {path: path.with_name(f".{path.name}.partial{path.suffix}") for path in files}
     try:
-        save(unfinished)
-        os.replace(unfinished, path)
+        for path, save in files.items():
+            save(unfinished[path])
+        for path, partial in unfinished.items():
+            os.replace(partial, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        for partial in unfinished.values():
+            partial.unlink(missing_ok=True)
 
 
 def dumps(value: Any, indent: int | None = None) -> str:

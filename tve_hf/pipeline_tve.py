@@ -104,7 +104,7 @@ class TransferableAttributionPipeline(Pipeline):
             raise ValueError(f"No image processor came with {self.classifier.name}; pass image_processor=.")
         if explainer is None and kwargs.get("method") is None:
             kwargs["method"] = _methods().without_explainer(self.classifier, kwargs.get("method_kwargs"))
-        self._has_explainer = explainer is not None
+        self.has_explainer = explainer is not None
         self._whole = self.classifier  # with all its feature maps, which methods may read
         if explainer is None and is_dispatched(self.classifier):
             kwargs.setdefault("device", self.classifier.device)
@@ -132,7 +132,7 @@ class TransferableAttributionPipeline(Pipeline):
         method, asked = merged.get("method"), {name: merged.get(name) for name in OF_METHOD}
         if method not in (None, "tve"):
             _methods().check(method, **asked)
-        elif not self._has_explainer:
+        elif not self.has_explainer:
             raise ValueError(f"This pipeline has no explainer of {self.classifier.name}; pass one as model=.")
         else:
             check_asked(self.model.config, **asked)
@@ -180,7 +180,7 @@ class TransferableAttributionPipeline(Pipeline):
 
         No code is copied, for that could only be loaded with `trust_remote_code`: to load it, import `tve_hf`.
         """
-        if not self._has_explainer:
+        if not self.has_explainer:
             raise ValueError(f"This pipeline has no explainer to save; save {self.classifier.name} by itself.")
         self.model.save_pretrained(save_directory, **kwargs)
         self.image_processor.save_pretrained(save_directory, **kwargs)

@@ -57,6 +57,22 @@ def test_verdicts(pair, others, name, fit, reason):
         assert pipeline("transferable-attribution", model=str(pair[1]), classifier=str(others[name]))(noise_image(0))
 
 
+@pytest.mark.parametrize(
+    ("word", "numbers"), [("cat", [0, 1]), ("CRANE", [4, 5]), ("car", [2, 3, 6]), (" tabby ", [0]), ("", [*range(7)])]
+)
+def test_classes_are_found_by_a_word(pair, capsys, word, numbers):
+    assert main(["info", str(pair[0]), "--search", word]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{number:6} {LABELS[number]}" for number in numbers]
+    assert main(["info", str(pair[0]), "--search", word, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"class_idx": n, "label": LABELS[n]} for n in numbers]
+
+
+def test_a_word_of_no_class(pair, capsys):
+    assert main(["info", str(pair[0]), "--search", "tabbi"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "'tabbi'" in err and "did you mean 'tabby'" in err
+
+
 def test_what_is_said_of_a_classifier(pair, capsys):
     assert main(["info", str(pair[0]), "--explainers", str(pair[1]), str(pair[0]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -33,7 +33,11 @@ def find_class(asked: int | str, id2label: dict[int, str], classifier_name: str)
         known = names | synonyms
         holding = [name for name in known if f" {wanted} " in f" {name} "]
         near = list(dict.fromkeys(holding + difflib.get_close_matches(wanted, known, cutoff=0.5)))[:3]
-        hint = f"; did you mean {', '.join(repr(name) for name in near)}?" if near else "; see classifier.id2label."
+        hint = (
+            f"; did you mean {', '.join(repr(name) for name in near)}?"
+            if near
+            else f"; see classifier.id2label, or `tve-hf info {classifier_name} --search WORD`."
+        )
         raise ValueError(f"{asked!r} is not a class of {classifier_name}{hint}")
     if len(classes) > 1:
         raise ValueError(

@@ -85,6 +85,23 @@ def describe(name: str, explainers: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
+def classes_with(word: str, name: str) -> dict[int, str]:
+    """The classes of a classifier whose names hold a word, or part of one, in any case: class -> name.
+
+    Args:
+        word: to look for; all classes if it is empty.
+        name: name or folder of the classifier.
+
+    Raises:
+        ValueError: If there is none; the message names similar ones, if any.
+        OSError: As `split_classifier`.
+    """
+    classifier = split_classifier(name)
+    wanted = word.strip().casefold()
+    found = {index: label for index, label in sorted(classifier.id2label.items()) if wanted in label.casefold()}
+    return found or {index: classifier.id2label[index] for index in [classifier.class_index(word)]}
+
+
 def text_of(description: dict[str, Any]) -> str:
     """What `describe` returns, for people to read."""
 

@@ -1,0 +1,261 @@
+"""tve-hf explain."""
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path, PurePath
+from typing import Any, NoReturn
+
+from ..compatibility import quality_in_words
+from ..files import dumps
+from ..messages import message, verified
+from .ahead import Item, batches, decoded, explained, num_workers
+from .inputs import Source, sources_of
+from .models import load_pipeline, without_warnings
+from .outputs import Unwritable, check_folder, places_of, save
+from .parser import INTERRUPTED, TERMINATED, parser_of
+
+_BATCH_SIZE = 16
+# Arguments of the pipeline, which it checks and describes.
+_OPTIONS = (
+    *("label", "class_idx", "top_k", "rule", "method", "verify", "refine"),
+    *("candidate_labels", "hypothesis_template"),
+)
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = parser_of(explain)
+    parser.add_argument(
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="path, URL, folder or quoted pattern such as 'photos/**/*.jpg'; - for an image on standard input; an "
+        "example photograph if none",
+    )
+    parser.add_argument(
+        "--images-from",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also explain what this file lists, one IMAGE a line; - for a list on standard input",
+    )
+    parser.add_argument("--classifier", help="name or folder of an image classifier; the shipped one by default")
+    parser.add_argument(
+        "--model",
+        help="name or folder of an explainer of its backbone; one that fits by default. A folder that tve-hf pretrain "
+        "wrote knows its classifier",
+    )
+    parser.add_argument("--method", metavar="NAME", help="explain by this method, such as grad_cam; needs no --model")
+    parser.add_argument("--label", action="append", help="explain this class instead of the predicted one; repeatable")
+    parser.add_argument(
+        "--class-idx", action="append", type=int, metavar="N", help="explain the class of this number; repeatable"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="explain the k most probable classes")
+    parser.add_argument(
+        "--candidate-labels", nargs="+", metavar="LABEL", help="classes of a zero-shot classifier, such as CLIP"
+    )
+    parser.add_argument(
+        "--hypothesis-template",
+        nargs="+",
+        metavar="TEXT",
+        help='what they are put in; default "This is a photo of {}."',
+    )
+    parser.add_argument("--rule", metavar="NAME", help="how embeddings become scores; the explainer's by default")
+    parser.add_argument("--verify", type=int, metavar="N", help="compare with N random patches, or masked passes")
+    parser.add_argument("--refine", type=int, metavar="N", help="correct the map by N masked passes")
+    parser.add_argument("--device", help="where to compute: cpu, cuda, cuda:1, mps, or the number of a GPU")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the models; as they are saved by default"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=_BATCH_SIZE, metavar="N", help=f"images at a time; default {_BATCH_SIZE}"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("explanations"),
+        metavar="DIR",
+        help="where photo.tve.png and photo.tve.json go; default explanations",
+    )
+    parser.add_argument("--plain", action="store_true", help="pictures without any text, of the photograph's size")
+    parser.add_argument("--blocky", action="store_true", help="draw each patch as a block, not smoothed")
+    parser.add_argument("--full-size", action="store_true", help="draw large photographs in full, not reduced")
+    parser.add_argument("--json", action="store_true", help="print one JSON line for each image instead of text")
+    parser.add_argument("--quiet", action="store_true", help="print errors alone, and JSON if asked for")
+    return parser
+
+
+def explain(arguments: list[str]) -> int:
+    """Explain images: one picture for each class and one JSON with the raw maps for each image."""
+    args = _options().parse_args(arguments)
+    start = time.perf_counter()
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}; give at least 1.")
+    check_folder(args.output)
+    sources = sources_of(args.images, args.images_from) or [_example()]
+    places = places_of(args.output, sources)
+    options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+    options |= ({"smooth": False} if args.blocky else {}) | ({"max_size": None} if args.full_size else {})
+    with _hushed(args.quiet), _stopped_by_terminate():
+        with _without_bars():
+            explainer = load_pipeline(args.model, args.classifier, args.device, args.dtype, options)
+        if explainer.has_explainer and not (args.json or args.quiet or args.method):
+            print(quality_in_words(explainer.quality))
+        run = _Run(args, explainer, sources, places)
+        try:
+            with without_warnings("transformers.pipelines"):  # asks for one call on a GPU, where batches are as fast
+                run.go()
+        except Unwritable as error:
+            print(message(error, full=args.traceback), file=sys.stderr)
+            return run.stopped(1)
+        except KeyboardInterrupt as stop:
+            print("tve-hf: interrupted.", file=sys.stderr)
+            return run.stopped(TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED)
+    if not (args.json or args.quiet):
+        took = time.perf_counter() - start
+        print(f"{run.finished} of {len(sources)} images in {took:.2f} s, loading the models included")
+    return 0 if run.finished == len(sources) else 1
+
+
+def _example() -> Source:
+    try:
+        from skimage import data
+    except ImportError:
+        raise ValueError(
+            "No image was given, and the example photograph of scikit-image is not installed; "
+            "pass an image, or run `pip install tve_hf[demo]`."
+        ) from None
+    # A cat, CC0.
+    return Source("chelsea.png", data.chelsea(), PurePath("chelsea.png"), "skimage.data.chelsea")
+
+
+@contextmanager
+def _hushed(quiet: bool) -> Iterator[None]:
+    """If quiet, without any warning and without bars; without bars too where nobody looks at them."""
+    names = ("tve_hf", "transformers") if quiet else ()
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with _without_bars() if quiet or not sys.stderr.isatty() else nullcontext():
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the bars of transformers, of which some show how weights are loaded."""
+    from transformers.utils import logging as transformers_logging
+
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as `timeout` and batch systems send it."""
+
+
+@contextmanager
+def _stopped_by_terminate() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does, after what is being written."""
+
+    def stop(*_: Any) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # the only one to which signals come
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Run:
+    """Explain all images, and say what became of each, in their order."""
+
+    def __init__(self, args: argparse.Namespace, explainer: Any, sources: Sequence[Source], places: Sequence[Path]):
+        self.args, self.explainer, self.sources, self.places = args, explainer, sources, places
+        self.finished = 0
+        self._behind: deque[tuple[Item, Future | Exception]] = deque()
+
+    def go(self) -> None:
+        """Raise Unwritable, KeyboardInterrupt or BrokenPipeError where that ends the run before its last image."""
+        from tqdm.auto import tqdm
+
+        size = min(self.args.batch_size, len(self.sources))
+        hidden = self.args.quiet or len(self.sources) == 1 or not sys.stderr.isatty()
+        pool = ThreadPoolExecutor(num_workers())
+        try:
+            with tqdm(total=len(self.sources), unit="image", disable=hidden) as self._bar:
+                for batch in batches(decoded(pool, self.sources, 2 * size), size):
+                    for item, outcome in zip(batch, explained(self.explainer, batch), strict=True):
+                        self._behind.append((item, self._saving(pool, item, outcome)))
+                    self._report(size)
+                self._report(0)
+        finally:
+            # What is being written is finished, and nothing more begun.
+            pool.shutdown(cancel_futures=True)
+
+    def _saving(self, pool: ThreadPoolExecutor, item: Item, outcome: Any) -> Future | Exception:
+        if isinstance(outcome, Exception):
+            return outcome
+        return pool.submit(save, item.source, outcome, self.places[item.index], self.args.plain)
+
+    def _report(self, number: int) -> None:
+        """Report images in order until no more than a number of them wait, and on, as long as one is done."""
+        while self._behind:
+            item, outcome = self._behind[0]
+            if len(self._behind) <= number and isinstance(outcome, Future) and not outcome.done():
+                return
+            self._behind.popleft()
+            try:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                record = outcome.result()
+            except Unwritable:
+                raise
+            except Exception as error:  # whatever is wrong with one image, the others are still explained
+                self._bar.write(message(error, item.source.name, self.args.traceback), file=sys.stderr)
+            else:
+                self.finished += 1
+                self._say(record)
+            self._bar.update()
+
+    def _say(self, record: dict[str, Any]) -> None:
+        if self.args.json:
+            lines = [dumps(record)]
+        elif self.args.quiet:
+            return
+        else:
+            lines = []
+            for result in record["explanations"]:
+                method, rule = result.get("method", self.args.method), result.get("rule")
+                how = ", ".join(([method] if method not in (None, "tve") else []) + ([f"rule {rule}"] if rule else []))
+                lines.append(
+                    f"{record['image']}: {result['label']} ({result['score']:.1%}) -> {result['overlay']} [{how}]"
+                )
+                if "verification" in result:
+                    lines.append(verified(result))
+        self._bar.write("\n".join(lines))
+        sys.stdout.flush()  # whoever reads it need not wait for the last image
+
+    def stopped(self, code: int) -> int:
+        """Say how far the run came, and return the exit code."""
+        print(f"{self.finished} of {len(self.sources)} images are done; their files are whole.", file=sys.stderr)
+        return code
