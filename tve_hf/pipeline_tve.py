@@ -171,7 +171,7 @@ class TransferableAttributionPipeline(Pipeline):
         images = images_of(inputs)
         if kwargs:
             images, kwargs = with_classes(images, kwargs)
-            running = {name: kwargs.pop(name) for name in ("batch_size", "num_workers") if name in kwargs}
+            running: dict[str, Any] = {n: kwargs.pop(n) for n in ("batch_size", "num_workers") if n in kwargs}
             kwargs |= call_options(running)[0]
         return super().__call__(images, **kwargs)
 
@@ -251,7 +251,7 @@ class TransferableAttributionPipeline(Pipeline):
         seen: SplitClassifierOutput,
         pixel_values: Tensor,
         class_idx: Tensor,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         asked: dict[str, Any],
     ) -> tuple[Tensor, str, Any]:
         """Maps (B, K, rows, cols) of the explainer, the rule that made them, and their verification."""
@@ -275,7 +275,7 @@ class TransferableAttributionPipeline(Pipeline):
 
     def postprocess(
         self, model_outputs: ModelOutput, max_size: int | None = MAX_SIZE, smooth: bool = True
-    ) -> list[Explanation]:
+    ) -> list[Any]:
         result = model_outputs["results"]
         result = result[0] if isinstance(result, list) else result
         if result["error"] is not None:
