@@ -186,19 +186,19 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """What `evaluate` writes for the shipped explainer on two tasks of two noise images each, one folder for each."""
     import datasets
+    from shipped import VIT, VIT_EXPLAINER, VIT_PETS
 
     from tve_hf.benchmark.run import EvaluateArguments, evaluate
-    from tve_hf.released import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
 
     folder = tmp_path_factory.mktemp("reports")
-    tasks = {"tiny_imagenet": DEFAULT_CLASSIFIER, "cats_vs_dogs": CHECKPOINTS / "vit-tiny-cats-vs-dogs"}
+    tasks = {"tiny_imagenet": VIT, "cats_vs_dogs": VIT_PETS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
         noise = save_noise(folder / "noise.parquet", 2, label=[0, 1])
         for task, classifier in tasks.items():
             arguments = EvaluateArguments(
                 classifier=str(classifier),
-                model=str(DEFAULT_EXPLAINER),
+                model=str(VIT_EXPLAINER),
                 test_files=[str(noise)],
                 output_dir=str(folder / task),
                 methods=["random"],

@@ -8,7 +8,7 @@ from tiny import make_explainer, save_classifier
 
 from tve_hf import TVEExplainer, split_classifier
 from tve_hf.compatibility import fit, quality_in_words, quality_with
-from tve_hf.released import DEFAULT_EXPLAINER
+from tve_hf.released import EXPLAINERS
 
 # Of the shipped explainer after a tenth of its training, by its log.
 EARLY = {"num_images": 32, "embedding_r2": 0.156891, "logit_r2": 0.372267, "logit_pearson": 0.691762}
@@ -104,6 +104,7 @@ def test_measurements_are_of_the_weights_that_were_measured(classifier, tmp_path
     assert quality_with(config, classifier) is None
 
 
-def test_the_shipped_one_is_not_poor():
-    quality = TVEExplainer.from_pretrained(DEFAULT_EXPLAINER).config.quality
+@pytest.mark.parametrize("folder", EXPLAINERS)
+def test_the_shipped_ones_are_not_poor(folder):
+    quality = TVEExplainer.from_pretrained(folder).config.quality
     assert quality is not None and "poor" not in quality_in_words(quality)

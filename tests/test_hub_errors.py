@@ -6,6 +6,7 @@ import pytest
 from hub_server import Fault, User, check_cache, one_sentence
 from huggingface_hub import HfApi, constants, file_download
 from huggingface_hub.utils import close_session
+from shipped import VIT
 from tiny import noise_image, same_weights
 from transformers import pipeline
 
@@ -13,7 +14,6 @@ from tve_hf import TVEExplainer, split_classifier
 from tve_hf.cli import main
 from tve_hf.hub.info import explainers_in, explainers_of
 from tve_hf.hub.push import prepare, publish
-from tve_hf.released import DEFAULT_CLASSIFIER
 
 
 def bug(*_, **__):
@@ -49,10 +49,10 @@ def test_bug_while_loading_surfaces(online, monkeypatch, name, cached):
     [
         ("list_models", lambda: explainers_of("org")),
         ("get_collection", lambda: explainers_in("org/mine-1")),
-        ("whoami", lambda: prepare(DEFAULT_CLASSIFIER, "org/new")),
-        ("model_info", lambda: prepare(DEFAULT_CLASSIFIER, "org/new")),
-        ("create_repo", lambda: prepare(DEFAULT_CLASSIFIER, "org/new").send()),
-        ("create_commit", lambda: prepare(DEFAULT_CLASSIFIER, "org/new").send()),
+        ("whoami", lambda: prepare(VIT, "org/new")),
+        ("model_info", lambda: prepare(VIT, "org/new")),
+        ("create_repo", lambda: prepare(VIT, "org/new").send()),
+        ("create_commit", lambda: prepare(VIT, "org/new").send()),
     ],
 )
 def test_bug_while_asking_or_pushing_surfaces(owner, monkeypatch, name, ask):
@@ -65,7 +65,7 @@ def test_bug_is_not_tried_again(owner, monkeypatch):
     tried = []
     monkeypatch.setattr(HfApi, "create_commit", lambda *_, **__: tried.append(1) or bug())
     with pytest.raises(AttributeError):
-        publish(DEFAULT_CLASSIFIER, "org/new", private=False)
+        publish(VIT, "org/new", private=False)
     assert len(tried) == 1
 
 
@@ -110,7 +110,7 @@ def test_pushing_needs_the_hub_and_a_token(online, monkeypatch, offline):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setenv("HF_TOKEN", "hf_any" if offline else "")
     with pytest.raises(OSError, match="while offline; unset HF_HUB_OFFLINE" if offline else "There is no token"):
-        prepare(DEFAULT_CLASSIFIER, "org/new")
+        prepare(VIT, "org/new")
 
 
 def test_missing_token_is_said_on_the_way_down(online):

@@ -24,13 +24,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from hub_server import User
 from PIL import Image
+from shipped import VIT, VIT_EXPLAINER
 from tiny import noise_image
 from transformers import HfArgumentParser
 from zero_shot_models import make_model, make_processor
 
 from tve_hf.benchmark import run as benchmark
 from tve_hf.cli import COMMANDS, main
-from tve_hf.released import DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -185,15 +185,15 @@ def workplace(hub, tmp_path, monkeypatch) -> Path:
         images = {"image": [noise_image(seed) for seed in range(number)], "label": [0] * number}
         datasets.Dataset.from_dict(images, features=features).to_parquet(place / folder / "0.parquet")
     noise_image(0, (64, 48)).save(place / "photo.jpg")
-    shutil.copytree(DEFAULT_CLASSIFIER, place / "my-classifier")
-    shutil.copytree(DEFAULT_EXPLAINER, place / "tve-vit-base")
+    shutil.copytree(VIT, place / "my-classifier")
+    shutil.copytree(VIT_EXPLAINER, place / "tve-vit-base")
     torch.manual_seed(0)
     make_model("clip").save_pretrained(tmp_path / "clip")
     make_processor("clip").save_pretrained(tmp_path / "clip")
     for name, folder in (
-        ("google/vit-base-patch16-224", DEFAULT_CLASSIFIER),
+        ("google/vit-base-patch16-224", VIT),
         ("openai/clip-vit-base-patch16", tmp_path / "clip"),
-        ("org/tve-other", DEFAULT_EXPLAINER),
+        ("org/tve-other", VIT_EXPLAINER),
     ):
         hub.add(name, {path.name: path.read_bytes() for path in folder.iterdir()})
     hub.users["hf_owner"] = User("someone", orgs={"org": "write"})

@@ -6,13 +6,14 @@ import re
 import pytest
 import torch
 from hub_server import User
+from shipped import VIT, VIT_EXPLAINER
 from tiny import GRID, LABELS, noise_image, save_classifier
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
 from tve_hf import pipeline_tve
 from tve_hf.cli import main
 from tve_hf.hub.info import describe
-from tve_hf.released import DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER, EXPLAINERS
+from tve_hf.released import EXPLAINERS
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +155,8 @@ def test_pipeline_without_model_takes_a_fitting_explainer(pair, others, monkeypa
     caplog.clear()
     tuned = pipeline("transferable-attribution", classifier=str(others["tuned"]))
     assert tuned.model.name_or_path == str(pair[1]) and "other backbone weights" in caplog.text
-    shipped = pipeline("transferable-attribution", classifier=str(DEFAULT_CLASSIFIER))
-    assert shipped.model.name_or_path == str(DEFAULT_EXPLAINER)
+    shipped = pipeline("transferable-attribution", classifier=str(VIT))
+    assert shipped.model.name_or_path == str(VIT_EXPLAINER)
 
 
 def test_pipeline_without_a_fitting_explainer_says_what_to_do(pair, caplog):

@@ -5,13 +5,14 @@ import re
 
 import pytest
 from huggingface_hub import ModelCard
+from shipped import VIT, VIT_EXPLAINER
 from tiny import noise_image
 from transformers import pipeline
 
 from tve_hf import TVEConfig
 from tve_hf.cli import main
 from tve_hf.hub.model_card import render_card
-from tve_hf.released import CHECKPOINTS, DEFAULT_EXPLAINER
+from tve_hf.released import CHECKPOINTS
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_own_picture_is_shown(explainer_folder, report):
 
 def test_card_of_what_evaluate_writes(reports):
     """Every number of the metadata and of the agreement is in the reports."""
-    card = render_card(DEFAULT_EXPLAINER, reports)
+    card = render_card(VIT_EXPLAINER, reports)
     data = ModelCard(str(card)).data
     summaries = {path.name: json.loads((path / "report.json").read_text())["summary"] for path in reports}
     assert data.datasets == ["tiny_imagenet"] and data.base_model is None
@@ -164,7 +165,7 @@ def test_card_of_what_evaluate_writes(reports):
 
 @pytest.mark.parametrize(
     ("name", "measured"),
-    [*((path.name, False) for path in sorted(CHECKPOINTS.iterdir())), (DEFAULT_EXPLAINER.name, True)],
+    [*((path.name, False) for path in sorted(CHECKPOINTS.iterdir())), (VIT_EXPLAINER.name, True)],
 )
 def test_code_of_the_cards_runs(name, measured, reports, tmp_path, monkeypatch):
     """Where the names in the cards are those of folders at hand."""
@@ -179,7 +180,8 @@ def test_code_of_the_cards_runs(name, measured, reports, tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, name, "exec"), namespace)
     if "explanation" in namespace:
-        (expected,) = pipeline("transferable-attribution")("photo.jpg")
+        pair = {"model": str(VIT_EXPLAINER), "classifier": str(VIT)} if name == VIT_EXPLAINER.name else {}
+        (expected,) = pipeline("transferable-attribution", **pair)("photo.jpg")
         assert namespace["explanation"]["label"] == expected["label"]
         assert (tmp_path / "why.png").exists()
     else:

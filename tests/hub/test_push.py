@@ -17,6 +17,7 @@ import pytest
 import torch
 from hub_server import Fault, User
 from huggingface_hub import HfApi, ModelCard
+from shipped import VIT, VIT_EXPLAINER
 from stranger import explain_elsewhere
 from tiny import noise_image, same_weights
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
@@ -27,7 +28,7 @@ from tve_hf.hub import push as pushing
 from tve_hf.hub.model_card import render_card
 from tve_hf.hub.push import prepare, publish
 from tve_hf.hub.remote_code import code_files
-from tve_hf.released import CHECKPOINTS, DEFAULT_CLASSIFIER, DEFAULT_EXPLAINER
+from tve_hf.released import CHECKPOINTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,10 +48,11 @@ def test_shipped_checkpoints_come_back_bit_for_bit_with_their_cards(owner, repor
     names = {}
     code = {name: text.encode() for name, text in code_files().items()}
     for folder in CHECKPOINTS.iterdir():
-        results = reports if folder == DEFAULT_EXPLAINER else []
+        results = reports if folder == VIT_EXPLAINER else []
         card = tmp_path / "card.md"
         render_card(folder, results).save(card)
-        push = prepare(folder, f"org/{folder.name}", results[::-1], card)
+        is_explainer = json.loads((folder / "config.json").read_text())["model_type"] == "tve"
+        push = prepare(folder, f"org/{folder.name}", results[::-1], card, measured=bool(results) or not is_explainer)
         push.send()
         names[folder] = push.repo_id
         expected = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -62,18 +64,16 @@ def test_shipped_checkpoints_come_back_bit_for_bit_with_their_cards(owner, repor
             expected["model.safetensors.index.json"] = index.replace(shared, path.name.encode())
         assert found.pop("README.md").decode() == str(render_card(folder, results, push.repo_id))
         assert f'model="org/{folder.name}"' in str(render_card(folder, results, push.repo_id))
-        if results:
+        if is_explainer:
             config = json.loads(found.pop("config.json"))
             added = {key: config.pop(key) for key in ("auto_map", "custom_pipelines")}
             assert config == json.loads(expected.pop("config.json"))
             assert added["custom_pipelines"]["transferable-attribution"]["impl"].startswith("pipeline_tve.")
-        assert found == expected | (code if results else {})
+        assert found == expected | (code if is_explainer else {})
         assert len(owner.repos[push.repo_id].commits) == 2  # the one of its creation, and ours
     images = [noise_image(seed) for seed in range(2)]
-    there = pipeline(
-        "transferable-attribution", model=names[DEFAULT_EXPLAINER], classifier=names[DEFAULT_CLASSIFIER], device="cpu"
-    )
-    here = pipeline("transferable-attribution", device="cpu")
+    there = pipeline("transferable-attribution", model=names[VIT_EXPLAINER], classifier=names[VIT], device="cpu")
+    here = pipeline("transferable-attribution", model=str(VIT_EXPLAINER), classifier=str(VIT), device="cpu")
     assert same_weights(there.model, here.model)
     assert same_weights(there.classifier.backbone.model, here.classifier.backbone.model)
     for (one,), (other,) in zip(there(images), here(images), strict=True):
@@ -83,20 +83,18 @@ def test_shipped_checkpoints_come_back_bit_for_bit_with_their_cards(owner, repor
 
 
 def test_pushed_explainer_works_where_the_package_is_not(owner, site, reports, tmp_path):
-    prepare(DEFAULT_EXPLAINER, "org/tve", reports).send()
-    assert not list(DEFAULT_EXPLAINER.glob("*.py"))
+    prepare(VIT_EXPLAINER, "org/tve", reports).send()
+    assert not list(VIT_EXPLAINER.glob("*.py"))
     noise_image(0).save(tmp_path / "noise.png")
     online = {"HF_ENDPOINT": owner.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    found = explain_elsewhere(site, "org/tve", DEFAULT_CLASSIFIER, tmp_path / "noise.png", tmp_path, **online)
+    found = explain_elsewhere(site, "org/tve", VIT, tmp_path / "noise.png", tmp_path, **online)
     assert found.returncode == 0, found.stderr[-2000:]
     result = json.loads(found.stdout.splitlines()[-1])
     assert result["module"].startswith("transformers_modules.")
     fetched = {Path(request).name for request in owner.requests if request.startswith("GET /org/tve/resolve")}
     assert code_files().keys() <= fetched
     owner.requests.clear()
-    explain = pipeline(
-        "transferable-attribution", model="org/tve", classifier=str(DEFAULT_CLASSIFIER), trust_remote_code=True
-    )
+    explain = pipeline("transferable-attribution", model="org/tve", classifier=str(VIT), trust_remote_code=True)
     (ours,) = explain(tmp_path / "noise.png")
     assert np.allclose(result["attribution"], ours["attribution"], atol=1e-5)
     assert type(explain.model) is TVEExplainer
@@ -152,7 +150,7 @@ def test_shards_come_back_and_a_later_push_leaves_no_old_weights(owner, pair, sh
     assert set(online.removed) == {*shards, "model.safetensors.index.json"}
     online.send()
     assert [name for name in owner.files("org/tve") if "safetensors" in name] == ["model.safetensors"]
-    assert same_weights(TVEExplainer.from_pretrained("org/tve"), TVEExplainer.from_pretrained(DEFAULT_EXPLAINER))
+    assert same_weights(TVEExplainer.from_pretrained("org/tve"), TVEExplainer.from_pretrained(VIT_EXPLAINER))
 
 
 def test_sharded_folder_is_pushed_whole(owner, shipped, reports):
@@ -175,9 +173,9 @@ def test_in_a_process_of_its_own(owner, tmp_path, reports):
         "HF_TOKEN": "hf_owner",
     }
     noise_image(0).save(tmp_path / "photo.png")
-    push = ["push", DEFAULT_EXPLAINER, "org/tve", "--yes", "--results", *reports]
+    push = ["push", VIT_EXPLAINER, "org/tve", "--yes", "--results", *reports]
     explain = ["explain", tmp_path / "photo.png", "--model", "org/tve", "--output", tmp_path, "--json"]
-    explain += ["--classifier", DEFAULT_CLASSIFIER]
+    explain += ["--classifier", VIT]
     code = f"from tve_hf.cli import main; exit(main({[*map(str, push)]}) or main({[*map(str, explain)]}))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment
@@ -195,7 +193,7 @@ def test_in_a_process_of_its_own(owner, tmp_path, reports):
 @pytest.fixture
 def shipped(tmp_path):
     """A copy of the shipped explainer, to damage."""
-    return shutil.copytree(DEFAULT_EXPLAINER, tmp_path / DEFAULT_EXPLAINER.name)
+    return shutil.copytree(VIT_EXPLAINER, tmp_path / VIT_EXPLAINER.name)
 
 
 @pytest.fixture
@@ -370,12 +368,12 @@ def test_failed_push_of_a_run_names_the_command_that_finishes_it(owner, shipped,
 
 
 def test_classifier_that_lacks_weights_is_refused(owner, push, tmp_path):
-    folder = shutil.copytree(DEFAULT_CLASSIFIER, tmp_path / "vit")
+    folder = shutil.copytree(VIT, tmp_path / "vit")
     for change, parts in (
         ({"num_hidden_layers": 99}, "describes it, but the weights hold nothing"),
         ({"intermediate_size": 8}, r"describes 8, but the weights hold \d+"),
     ):
-        config = json.loads((DEFAULT_CLASSIFIER / "config.json").read_text())
+        config = json.loads((VIT / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | change))
         assert re.search(parts, push(folder, "org/vit", "--yes"))
     (folder / "model.safetensors").write_bytes(b"short")
@@ -390,8 +388,8 @@ def test_card_and_push_need_no_training_libraries(owner, site, reports, tmp_path
     environment["NO_PROXY"] = "127.0.0.1"
     results = ["--results", *map(str, reports)]
     commands = [
-        ["card", str(DEFAULT_EXPLAINER), *results, "--output", str(tmp_path / "card.md")],
-        ["push", str(DEFAULT_EXPLAINER), "org/tve", "--yes", *results],
+        ["card", str(VIT_EXPLAINER), *results, "--output", str(tmp_path / "card.md")],
+        ["push", str(VIT_EXPLAINER), "org/tve", "--yes", *results],
     ]
     code = f"""
 import sys
@@ -405,7 +403,7 @@ print(codes, sorted(extras & set(sys.modules)))
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[0, 0] []", done.stderr
-    assert (tmp_path / "card.md").read_text().strip() == str(render_card(DEFAULT_EXPLAINER, reports)).strip()
+    assert (tmp_path / "card.md").read_text().strip() == str(render_card(VIT_EXPLAINER, reports)).strip()
     assert "README.md" in owner.files("org/tve")
 
 

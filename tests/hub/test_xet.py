@@ -10,11 +10,11 @@ import hashlib
 import pytest
 from hub_server import User, xet_hash
 from huggingface_hub import _commit_api, constants, file_download
+from shipped import VIT_EXPLAINER
 from tiny import same_weights
 
 from tve_hf import TVEExplainer
 from tve_hf.hub.push import prepare
-from tve_hf.released import DEFAULT_EXPLAINER
 
 pytest.importorskip("hf_xet")
 
@@ -69,10 +69,10 @@ def test_the_client_takes_it_by_default(by_xet, pair):
 
 
 def test_weights_come_and_go_by_it_bit_for_bit(by_xet, storage, reports):
-    prepare(DEFAULT_EXPLAINER, "org/new", reports).send()
-    weights = (DEFAULT_EXPLAINER / "model.safetensors").read_bytes()
+    prepare(VIT_EXPLAINER, "org/new", reports).send()
+    weights = (VIT_EXPLAINER / "model.safetensors").read_bytes()
     assert by_xet.files("org/new")["model.safetensors"] == weights
-    assert same_weights(TVEExplainer.from_pretrained("org/new"), TVEExplainer.from_pretrained(DEFAULT_EXPLAINER))
+    assert same_weights(TVEExplainer.from_pretrained("org/new"), TVEExplainer.from_pretrained(VIT_EXPLAINER))
     assert storage == ["model.safetensors", xet_hash(weights)]
     (blob,) = shared_blobs(by_xet.cache)
     assert blob.read_bytes() == weights

@@ -53,7 +53,7 @@ def load_pipeline(
 
 
 def classifier_of(model: str) -> str | None:
-    """The classifier that an explainer was pre-trained for, as training.json in its folder says.
+    """The classifier that an explainer was pre-trained for, as training.json in its folder says: there, or beside it.
 
     Returns:
         Its name or folder; None for the default explainer, whose classifier the pipeline knows.
@@ -69,6 +69,9 @@ def classifier_of(model: str) -> str | None:
         named = None
     if not isinstance(named, str):
         raise ValueError(f"{model} does not say which classifier it was pre-trained for; name it by --classifier.")
+    beside = Path(model).resolve().parent / Path(named).name
+    if not Path(named).exists() and beside.is_dir():  # both were moved, or came together
+        return str(beside)
     if not Path(named).exists() and (named.count("/") != 1 or named.startswith((".", "/", "~"))):
         raise ValueError(
             f"{model} was pre-trained for the classifier {named}, which is not here; say by --classifier where it is."
