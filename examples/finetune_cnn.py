@@ -46,6 +46,7 @@ class Arguments:
     test_files: list[str]
     large_test_files: list[str]
     output_dir: str
+    classifier_license: str = "apache-2.0"  # of the pretrained weights, for the card
     image_size: int = 160
     patch_size: int = 16
     epochs: int = 2

@@ -197,6 +197,18 @@ def test_classifier_card(tmp_path):
     assert "48 × 48 pixels in patches of 6 × 6" in card.text
     assert "87.5%" in card.text and "2 classes" in card.text and "`seed`: `3`" in card.text
     assert "model-index" not in card.data.to_dict()
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mobilenet_v2", "image_size": 48, "id2label": {"0": "a", "1": "b"}})
+    )
+    log = [{"test_accuracy": 0.5}, {"test_accuracy": 0.6875, "large_test_accuracy": 0.81, "large_test_images": 84}]
+    arguments = {"classifier": "models/big", "classifier_license": "apache-2.0"}
+    (tmp_path / "training.json").write_text(json.dumps({"arguments": arguments, "log": log}))
+    text = render_card(tmp_path, []).text
+    assert (
+        "`mobilenet_v2`" in text
+        and "48 × 48 pixels. It is right on 68.8% of its held-out images, and on 81.0% of 84" in text
+    )
+    assert "Fine-tuned from `big`, apache-2.0." in text
 
 
 def test_missing_file_is_named(tmp_path, capsys):

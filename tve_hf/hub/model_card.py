@@ -182,12 +182,21 @@ def _pretrained_values(folder: Path, config: dict[str, Any], results: dict[str, 
 def _classifier_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
     training = read_json(folder / "training.json")
     accuracy = training["test_accuracy"] if "test_accuracy" in training else training["log"][-1]["test_accuracy"]
-    settings = "\n".join(f"- `{name}`: `{value}`" for name, value in training["arguments"].items())
+    arguments, last = training["arguments"], (training.get("log") or [{}])[-1]
+    settings = "\n".join(f"- `{name}`: `{value}`" for name, value in arguments.items())
+    large, patch, license = (
+        last.get("large_test_accuracy"),
+        config.get("patch_size"),
+        arguments.get("classifier_license"),
+    )
     return {
+        "architecture": config["model_type"],
+        "patches": f" in patches of {patch} × {patch}" if patch else "",
+        "large": f", and on {large:.1%} of {last['large_test_images']} larger photographs" if large else "",
+        "origin": f" Fine-tuned from `{Path(arguments['classifier']).name}`, {license}." if license else "",
         "accuracy": f"{accuracy:.1%}",
         "classes": str(len(config["id2label"])),
         "image_size": str(config["image_size"]),
-        "patch_size": str(config["patch_size"]),
         "settings": settings,
     }
 
