@@ -40,12 +40,13 @@ def test_taking_out_a_red_patch_lowers_the_class_and_a_blue_one_raises_it(proces
     classifier = split_classifier(model, processor_of(3, 16, 16))
     pixel_values, class_idx = torch.ones(1, 3, 16, 16), torch.tensor([1])
     if name == "sampled":
-        pair = sampled_meta_attribution(classifier, pixel_values, 4, 400, generator=torch.Generator().manual_seed(0))
-        scores = transfer(pair[0], pair[1], classifier, class_idx, rule="prob").view(4, 4)
+        generator = torch.Generator().manual_seed(0)
+        kept, removed = sampled_meta_attribution(classifier, pixel_values, 4, 400, generator=generator)
+        scores = transfer(kept, removed, classifier, class_idx, rule="prob").view(4, 4)
     else:
         scores = methods.explain(name, classifier, pixel_values, class_idx, 4)[0]
     photograph = Photograph(Image.new("RGB", (160, 160), (128, 128, 128)))
-    found = Explanation({"label": "1", "score": 0.5, "attribution": scores.numpy()}, photograph)
+    found = Explanation({"label": "1", "score": 0.5, "attribution": scores.detach().numpy()}, photograph)
     middles = np.asarray(found["overlay"]).astype(int)[20::40, 20::40]
     heat = found["heatmap"][20::40, 20::40]
     for row, col in np.ndindex(4, 4):
