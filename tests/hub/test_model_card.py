@@ -208,7 +208,7 @@ def test_classifier_card(tmp_path):
         "`mobilenet_v2`" in text
         and "48 × 48 pixels. It is right on 68.8% of its held-out images, and on 81.0% of 84" in text
     )
-    assert "Fine-tuned from `big`, apache-2.0." in text
+    assert "Fine-tuned from `models/big`, apache-2.0." in text
 
 
 def test_missing_file_is_named(tmp_path, capsys):

@@ -20,6 +20,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 # A picture in the checkpoint's folder, and the one in its place: that of the package's own explainer.
 PICTURE = "example.png"
 _CHELSEA = "https://raw.githubusercontent.com/tve-hf/tve_hf/main/docs/chelsea.png"
+_ORIGIN = " Fine-tuned from `{classifier}`, {classifier_license}."
 
 
 def _table(rows: list[list[str]]) -> str:
@@ -181,20 +182,15 @@ def _pretrained_values(folder: Path, config: dict[str, Any], results: dict[str, 
 
 def _classifier_values(folder: Path, config: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
     training = read_json(folder / "training.json")
-    accuracy = training["test_accuracy"] if "test_accuracy" in training else training["log"][-1]["test_accuracy"]
     arguments, last = training["arguments"], (training.get("log") or [{}])[-1]
     settings = "\n".join(f"- `{name}`: `{value}`" for name, value in arguments.items())
-    large, patch, license = (
-        last.get("large_test_accuracy"),
-        config.get("patch_size"),
-        arguments.get("classifier_license"),
-    )
+    large, patch = last.get("large_test_accuracy"), config.get("patch_size")
     return {
         "architecture": config["model_type"],
         "patches": f" in patches of {patch} × {patch}" if patch else "",
         "large": f", and on {large:.1%} of {last['large_test_images']} larger photographs" if large else "",
-        "origin": f" Fine-tuned from `{Path(arguments['classifier']).name}`, {license}." if license else "",
-        "accuracy": f"{accuracy:.1%}",
+        "origin": _ORIGIN.format(**arguments) if "classifier_license" in arguments else "",
+        "accuracy": f"{training.get('test_accuracy') or last['test_accuracy']:.1%}",
         "classes": str(len(config["id2label"])),
         "image_size": str(config["image_size"]),
         "settings": settings,
