@@ -134,7 +134,7 @@ def call_options(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any],
     options = {name: CALL_OPTIONS[name](name, value) for name, value in given.items() if value is not None}
     if len(options.keys() & {"top_k", "class_idx", "label"}) > 1:
         raise ValueError("top_k, class_idx and label exclude one another; pass one of them.")
-    preprocess = {name: options[name] for name in ("timeout", "on_error") if name in options}
+    preprocess: dict[str, Any] = {name: options[name] for name in ("timeout", "on_error") if name in options}
     # Another method than before starts anew.
     forward: dict[str, Any] = dict.fromkeys(OF_METHOD) if "method" in options else {}
     forward |= {name: options[name] for name in ("method", *OF_METHOD, "top_k") if name in options}

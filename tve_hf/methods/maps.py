@@ -55,7 +55,7 @@ def maps(
     classifier: SplitClassifier,
     pixel_values: Tensor,
     class_idx: Tensor,
-    inputs: dict[str, Tensor],
+    inputs: dict[str, Any],
     method_kwargs: dict[str, Any] | None = None,
     rule: str | None = None,
     verify: int | None = None,
