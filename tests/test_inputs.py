@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -160,10 +161,16 @@ def test_methods_take_an_image(world, name, monkeypatch):
     assert scores.shape == (1, GRID, GRID) and np.allclose(scores[0], by_hand(world, picture), atol=1e-5)
 
 
+def column_of(*pictures: Image.Image) -> Any:
+    features = datasets.Features({"image": datasets.Image()})
+    return datasets.Dataset.from_dict({"image": [*pictures]}, features=features)["image"]
+
+
 SEVERAL: dict[str, Callable[[SimpleNamespace], Any]] = {
     "list": lambda w: [PICTURE, w.file],
     "tuple": lambda w: (PNG, PIXELS),
     "generator": lambda w: (picture for picture in (PICTURE, PIXELS)),
+    "column": lambda w: column_of(PICTURE, PICTURE),
     "array (B, H, W, C)": lambda w: np.stack([PIXELS, PIXELS]),
     "array (B, C, H, W)": lambda w: np.stack([PIXELS, PIXELS]).transpose(0, 3, 1, 2) / 255,
 }

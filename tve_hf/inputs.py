@@ -142,7 +142,7 @@ def call_options(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any],
     options = {name: CALL_OPTIONS[name](name, value) for name, value in given.items() if value is not None}
     if len(options.keys() & {"top_k", "class_idx", "label"}) > 1:
         raise ValueError("top_k, class_idx and label exclude one another; pass one of them.")
-    preprocess = {name: options[name] for name in ("timeout", "on_error") if name in options}
+    preprocess: dict[str, Any] = {name: options[name] for name in ("timeout", "on_error") if name in options}
     drawing = {name: options[name] for name in ("max_size", "smooth") if name in options}
     if "max_size" in given:  # None is for pictures of any size
         drawing.setdefault("max_size", None)

@@ -171,8 +171,8 @@ class TransferableAttributionPipeline(Pipeline):
         images = images_of(inputs)
         if kwargs:
             images, kwargs = with_classes(images, kwargs)
-            running: dict[str, Any] = {n: kwargs.pop(n) for n in ("batch_size", "num_workers") if n in kwargs}
-            kwargs |= call_options(running)[0]
+            sizes: dict[str, Any] = {n: kwargs.pop(n) for n in ("batch_size", "num_workers") if n in kwargs}
+            kwargs |= call_options(sizes)[0]
         return super().__call__(images, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -213,10 +213,10 @@ class TransferableAttributionPipeline(Pipeline):
         pixel_values: Tensor = model_inputs["pixel_values"]
         # A lone image comes as it is, a batch of them as a list.
         pictures = model_inputs["image"] if isinstance(model_inputs["image"], list) else [model_inputs["image"]]
-        inputs = {name: model_inputs[name] for name in classifier.backbone.other_inputs}
+        inputs: dict[str, Any] = {name: model_inputs[name] for name in classifier.backbone.other_inputs}
         seen = classifier(pixel_values, **inputs)
         log_prob = classifier.log_prob(seen.embeddings)
-        rows = [classes if own is None else own for _, _, own in pictures]
+        rows: list[Any] = [classes if own is None else own for _, _, own in pictures]
         if rows[0] is None:
             class_idx = log_prob.topk(min(top_k, log_prob.shape[-1])).indices
         else:

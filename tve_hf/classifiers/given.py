@@ -115,8 +115,10 @@ def _processed(classifier: SplitClassifier, images: Any) -> tuple[Tensor, dict[s
             f"{classifier.name} came without an image processor, so images cannot be prepared for it; pass its "
             "pixel_values, (B, 3, H, W), or tve_hf.split_classifier(model, image_processor) in its place."
         )
-    several = images_of(images)
-    several = several if isinstance(several, (list, GeneratorType, Dataset)) else [several]
+    several: Any = images_of(images)
+    if isinstance(several, Dataset):
+        several = [several[row] for row in range(len(several))]
+    several = several if isinstance(several, (list, GeneratorType)) else [several]
     pictures = [load_image(image) for image in several]
     processed = classifier.image_processor(images=pictures, return_tensors="pt")
     others = {name: processed[name].to(classifier.device) for name in classifier.backbone.other_inputs}

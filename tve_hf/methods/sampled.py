@@ -4,6 +4,8 @@ Departs from the paper in taking the mean of the embedding rather than of the cl
 of masked passes serves every class and head.
 """
 
+from typing import Any
+
 import torch
 from torch import Generator, Tensor
 
@@ -27,7 +29,7 @@ def explain(
     generator: Generator | None = None,
     chunk_size: int | None = None,
     progress: bool = False,
-    **inputs: Tensor,
+    **inputs: Any,
 ) -> Tensor:
     """Scores (B, rows, cols), in the units of the rule, from `n_samples` masked passes an image.
 
@@ -37,6 +39,6 @@ def explain(
         n_samples, coalitions, removal, generator, chunk_size, progress, inputs: as for `sampled_meta_attribution`.
         rule, hops: as for `transfer`.
     """
-    how = (n_samples, coalitions, removal, generator, chunk_size, progress)
+    how: Any = (n_samples, coalitions, removal, generator, chunk_size, progress)
     kept, removed = sampled_meta_attribution(classifier, pixel_values, grid_size, *how, **inputs)
     return transfer(kept, removed, classifier, class_idx, rule, grid_size, hops).unflatten(-1, grid_size)
