@@ -66,7 +66,7 @@ DEFAULT_RULE = "logit_averaged"
 # The same for each kind of explainer. Those of random backgrounds already average over what surrounds a patch.
 DEFAULT_RULES = {"antithetical": DEFAULT_RULE, "random": "prob"}
 
-_UNITS = {
+_UNITS: dict[Evidence, str] = {
     _log_prob: "change of log-probability, nats",
     _logit: "change of logit",
     _prob: "change of probability",

@@ -143,7 +143,7 @@ def call_options(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any],
     if len(options.keys() & {"top_k", "class_idx", "label"}) > 1:
         raise ValueError("top_k, class_idx and label exclude one another; pass one of them.")
     preprocess: dict[str, Any] = {name: options[name] for name in ("timeout", "on_error") if name in options}
-    drawing = {name: options[name] for name in ("max_size", "smooth") if name in options}
+    drawing: dict[str, Any] = {name: options[name] for name in ("max_size", "smooth") if name in options}
     if "max_size" in given:  # None is for pictures of any size
         drawing.setdefault("max_size", None)
     # Another method than before starts anew.

@@ -160,7 +160,8 @@ def write_names(axis: Axes, points: dict[str, tuple[float, float]]) -> list[Anno
         if abs(offset[1]) > 12:  # too far to tell whose name it is
             end = box(offset)
             x = min(max(places[name][0], end.x0), end.x1)
-            line = axis.transData.inverted().transform([places[name], (x, end.y1 if offset[1] < 0 else end.y0)])
+            ends: Any = [places[name], (x, end.y1 if offset[1] < 0 else end.y0)]
+            line = axis.transData.inverted().transform(ends)
             axis.plot(*line.T, color="0.5", linewidth=0.5, zorder=2, scalex=False, scaley=False)
         taken.append(box(offset))
         written.append(note)

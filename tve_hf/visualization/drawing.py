@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from enum import Enum
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -147,7 +147,8 @@ class Photograph:
         if max_size is not None and max_size < 1:
             raise ValueError(f"max_size is {max_size}; give the pixels of a longer side, or None for any size.")
         scale = min(1.0, (max_size or max(image.size)) / max(image.size))
-        width, height = self.size = tuple(max(1, round(side * scale)) for side in image.size)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        self.size: tuple[int, int] = width, height
         self.region = region and _on_size(region, image.size, self.size)
         if scale < 1:
             image = image.resize(self.size, Image.Resampling.BICUBIC, reducing_gap=2.0)
@@ -183,6 +184,14 @@ def _on_size(region: Region, size: tuple[int, ...], other: tuple[int, ...]) -> R
     return region[0] * x, region[1] * y, region[2] * x, region[3] * y
 
 
+if TYPE_CHECKING:
+    _Dict = dict[str, Any]
+else:
+
+    class _Dict(MutableMapping, dict):
+        """A dict whose `get`, `items`, `values`, `pop` and the like read by its `__getitem__`."""
+
+
 class _Undrawn(Enum):
     """What stands in a result for a picture that nobody asked for yet; it stays itself when pickled."""
 
@@ -192,7 +201,7 @@ class _Undrawn(Enum):
         return "<drawn when asked for>"
 
 
-class Explanation(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[misc]
+class Explanation(_Dict):
     """What is found of one image and class: a dict whose pictures are drawn when they are first asked for.
 
     - **heatmap**: the map on the photograph's pixels, (H, W) float32 in [0, 1]; 0.5 is zero. See `heatmap`.
@@ -226,10 +235,10 @@ class Explanation(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[mis
     __setitem__, __delitem__ = dict.__setitem__, dict.__delitem__
     __len__, __contains__ = dict.__len__, dict.__contains__
 
-    def __or__(self, other: Any) -> dict[str, Any]:
+    def __or__(self, other: Any) -> Any:
         return dict(self) | other
 
-    def __ror__(self, other: Any) -> dict[str, Any]:
+    def __ror__(self, other: Any) -> Any:
         return other | dict(self)
 
     def copy(self) -> "Explanation":
