@@ -116,8 +116,9 @@ def _processed(classifier: SplitClassifier, images: Any) -> tuple[Tensor, dict[s
             "pixel_values, (B, 3, H, W), or tve_hf.split_classifier(model, image_processor) in its place."
         )
     several: Any = images_of(images)
-    if isinstance(several, Dataset):
-        several = [several[row] for row in range(len(several))]
+    if isinstance(several, Dataset):  # a column, which has a length
+        column: Any = several
+        several = [column[row] for row in range(len(column))]
     several = several if isinstance(several, (list, GeneratorType)) else [several]
     pictures = [load_image(image) for image in several]
     processed = classifier.image_processor(images=pictures, return_tensors="pt")
