@@ -116,7 +116,7 @@ def _processed(classifier: SplitClassifier, images: Any) -> tuple[Tensor, dict[s
             "pixel_values, (B, 3, H, W), or tve_hf.split_classifier(model, image_processor) in its place."
         )
     several: Any = images_of(images)
-    if isinstance(several, Dataset):  # which has a length, though torch's type does not say so
+    if isinstance(several, Dataset):  # a column, which has a length
         column: Any = several
         several = [column[row] for row in range(len(column))]
     several = several if isinstance(several, (list, GeneratorType)) else [several]
