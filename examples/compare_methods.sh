@@ -21,14 +21,26 @@ compare() { # name, classifier, images, more
     done
 }
 cnn=$models/mobilenet_v2_1.0_224_imagenet
-# An explainer for the CNN, on what unlabelled photographs there are beside those that it is judged by: 20,000 of 64
-# pixels and 3,100 larger ones, 0.5 million passes of the CNN.
+# Explainers for the CNN. Of random backgrounds, on unlabelled photographs beside those that it is judged by: 100,608
+# masked passes of the CNN. And of the paper's two, 0.5 million passes, on 20,000 images of 64 pixels and 3,100 larger ones.
+large=("$data"/photos/train-*.parquet "$data"/{imagenette,cats_vs_dogs}/train-00000-of-00001.parquet)
+tve-hf pretrain --classifier "$cnn" --output_dir $runs/explainer-mobilenet-v2-random --train_files "${large[@]}" \
+    --validation_files "$data/imagenette/test-*.parquet" --validation_images 16 --grid_size 14 --hops 1 \
+    --backgrounds random --coalitions smooth --coalition_scale 0.7 --coalitions_per_image 16 \
+    --label_removals zero zero zero zero zero zero zero blur --batch_size 32 --num_epochs 8 --cache_labels \
+    --normalize_labels --save_steps 393 --seed 0
 tve-hf pretrain --classifier "$cnn" --output_dir $runs/explainer-mobilenet-v2 --train_files \
     "$data/tiny_imagenet/train-00000-of-00002.parquet" "$data"/{imagenette,cats_vs_dogs}/train-00000-of-00001.parquet \
     --validation_files "$data/imagenette/test-*.parquet" --validation_images 16 --grid_size 14 --batch_size 32 \
     --num_epochs 5 --cache_labels --normalize_labels --save_steps 600
-compare mobilenet_v2 "$cnn" imagenet_samples --model $runs/explainer-mobilenet-v2
-install -m 644 $runs/explainer-mobilenet-v2/training.json $results/mobilenet_v2/training.json
+compare mobilenet_v2_two_states "$cnn" imagenet_samples --model $runs/explainer-mobilenet-v2
+tve-hf evaluate --classifier "$cnn" --test_files "$data/imagenet_samples/test-*.parquet" --num_images 100 \
+    --methods random --removals zero blur --num_gallery 0 --output_dir $runs/comparison/random \
+    --model $runs/explainer-mobilenet-v2-random
+two_states=$runs/comparison/mobilenet_v2_two_states/report.json
+python examples/join_reports.py --output_dir $results/mobilenet_v2 $runs/comparison/random/report.json $two_states \
+    --rename $two_states tve=tve_two_states
+install -m 644 $runs/explainer-mobilenet-v2-random/training.json $results/mobilenet_v2/training.json
 # The explainer of two backgrounds that shipped_checkpoints.sh trains.
 compare vit_tiny $vit tiny_imagenet --model $runs/explainer-antithetical --vit_shapley $shapley
 

@@ -113,7 +113,7 @@ for task in tiny_imagenet cats_vs_dogs; do
         --methods random
     tve-hf evaluate --classifier $classifier --model $explainer $rival --num_images 300 \
         --test_files "$data/$task/test-*.parquet" --output_dir $runs/results/$task \
-        --methods random chefer_cam libragrad text_span
+        --methods exact random chefer_cam libragrad text_span
     # The explainer of two backgrounds is a row too.
     python examples/join_reports.py --output_dir $runs/results/$task-joined $runs/results/$task/report.json \
         $antithetical/$task/report.json --rename $antithetical/$task/report.json tve=tve_two_states

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..attribution import DEFAULT_RULE, rule_named, rule_of
 from ..classifiers import split_classifier
 from ..classifiers.layout import with_channels_last
+from ..configuration_tve import TVEConfig
 from ..evaluation.report import summarize, table_of
 from ..files import dumps
 from ..modeling_tve import TVEExplainer
@@ -48,7 +49,9 @@ class EvaluateArguments:
         metadata={"help": "Held-out images: parquet, arrow, tar (webdataset) or image files, or patterns of one kind."}
     )
     output_dir: str = field(metadata={"help": "Where report.json, table.md, the plots and the intermediate cells go."})
-    model: str | None = field(default=None, metadata={"help": "Explainer of its backbone: adds tve and exact."})
+    model: str | None = field(
+        default=None, metadata={"help": "Explainer of its backbone: adds tve, and exact if it predicts that."}
+    )
     vit_shapley: str | None = field(
         default=None, metadata={"help": "ViT-Shapley explainer of the classifier: adds vit_shapley."}
     )
@@ -83,7 +86,10 @@ class EvaluateArguments:
 
 def _specs(args: EvaluateArguments) -> list[str]:
     """All methods of an evaluation, without any twice: those of its explainers, then those asked for."""
-    own = [*(["tve", "exact"] if args.model else []), *(["vit_shapley"] if args.vit_shapley else [])]
+    own = ["vit_shapley"] if args.vit_shapley else []
+    if args.model:
+        predicts_exact = TVEConfig.from_pretrained(args.model).backgrounds == "antithetical"
+        own = ["tve", *(["exact"] if predicts_exact else []), *own]
     specs = list(dict.fromkeys([*own, *(spec for name in args.methods for spec in BUDGETS.get(name, [name]))]))
     for spec in specs:
         parse_method(spec)
