@@ -201,7 +201,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
                 model=str(VIT_EXPLAINER),
                 test_files=[str(noise)],
                 output_dir=str(folder / task),
-                methods=["random"],
+                methods=["exact", "random"],
                 removals=["zero", "blur"],
                 num_gallery=0,
             )
