@@ -136,7 +136,8 @@ def test_an_explainer_of_another_size_of_the_same_model_is_refused(shared_model)
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("height", "width", "shapes"), [(60, 60, [(8, 8), (4, 4), (4, 4)]), (52, 104, [(7, 13), (4, 7), (4, 7)])]
+    ("height", "width", "shapes"),
+    [(60, 60, [(8, 8), (4, 4), (4, 4), (4, 4)]), (52, 104, [(7, 13), (4, 7), (4, 7), (4, 7)])],
 )
 def test_windows_that_do_not_divide_the_image_are_padded(images, randomized, height, width, shapes) -> None:
     values = {"embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 1, 1], "window_size": 4, "patch_size": 4}

@@ -268,17 +268,15 @@ def _judged(quality: dict[str, float | int]) -> dict[str, float]:
 
 
 def _is_poor(quality: dict[str, float | int]) -> bool:
-    judged = _judged(quality)
-    return not judged.keys() - {"share of fidelity"} or any(judged[name] < _LEAST[name] for name in judged)
+    found = _judged(quality)
+    return not found.keys() - {"share of fidelity"} or any(value < _LEAST[name] for name, value in found.items())
 
 
 def _told(quality: dict[str, float | int]) -> str:
     """The numbers that an explainer is judged by, as clauses about it."""
-    judged = {name: max(0.0, value) for name, value in _judged(quality).items()}
-    clauses = []
+    judged, clauses = {name: max(0.0, value) for name, value in _judged(quality).items()}, []
     if "logit_r2" in judged:
-        share = judged["logit_r2"]
-        clauses.append(f"accounts for {share:.0%} of what masking does to the predicted class's logit (median)")
+        clauses.append(f"accounts for {judged['logit_r2']:.0%} of what masking does to the class's logit (median)")
     elif "spearman" in judged:
         clauses.append(f"ranks the patches as the exact attribution does by a Spearman of {judged['spearman']:.2f}")
     else:
@@ -296,8 +294,6 @@ def _doubt(explainer: TVEExplainer) -> str:
     if heads and not any(weight.any() for head in heads for weight in head.parameters()):
         return "was never trained, so its maps say nothing; train it with `tve-hf pretrain`."
     if quality and _is_poor(quality):
-        return (
-            f"is poor: on {quality['num_images']} held-out images it {_told(quality)}. Train it for more steps, or "
-            'take the method "sampled".'
-        )
+        found = f"on {quality['num_images']} held-out images it {_told(quality)}"
+        return f'is poor: {found}. Train it for more steps, or take the method "sampled".'
     return ""

@@ -74,13 +74,13 @@ def test_one_overlay_per_image_and_the_raw_map(pair, explain, photos, tmp_path, 
         record = strictly((tmp_path / "out" / f"{photo.stem}.tve.json").read_text())
         assert record["image"] == record["source"] == str(photo)
         (found,) = record["explanations"]
-        assert set(found) == {"label", "class_idx", "score", "attribution", "method", "rule", "quality", "overlay"}
+        assert set(found) == {"label", "class_idx", "score", "attribution", "method", "rule", "quality", "picture"}
         assert np.shape(found["attribution"]) == (GRID, GRID)
         assert np.allclose(found["attribution"], expected["attribution"], atol=1e-6)
         assert all(found[key] == expected[key] for key in ("label", "class_idx", "rule"))
         assert found["score"] == pytest.approx(expected["score"])
-        assert found["overlay"] == str(tmp_path / "out" / f"{photo.stem}.tve.png")
-        assert np.array_equal(Image.open(found["overlay"]), expected["overlay"])
+        assert found["picture"] == str(tmp_path / "out" / f"{photo.stem}.tve.png")
+        assert np.array_equal(Image.open(found["picture"]), expected["figure"])
     out = capsys.readouterr().out
     assert f"{photos[0]}: " in out and f"rule {expected['rule']}" in out and "2 of 2 images" in out
 
@@ -100,7 +100,7 @@ def test_top_k_and_labels(explain, photos, tmp_path, capsys):
     assert explain("--top-k", 3, "--json", photos[0]) == 0
     found = strictly(capsys.readouterr().out)["explanations"]
     assert [f["score"] for f in found] == sorted((f["score"] for f in found), reverse=True)
-    assert [Path(f["overlay"]).name for f in found] == ["a.tve.1.png", "a.tve.2.png", "a.tve.3.png"]
+    assert [Path(f["picture"]).name for f in found] == ["a.tve.1.png", "a.tve.2.png", "a.tve.3.png"]
     assert written(tmp_path / "out") == ["a.tve.1.png", "a.tve.2.png", "a.tve.3.png", "a.tve.json"]
     assert explain("--label", "tabby", "--label", "Sports Car", "--json", photos[1]) == 0
     found = strictly(capsys.readouterr().out)["explanations"]
@@ -179,7 +179,7 @@ def test_in_the_folder_of_the_images_nothing_of_theirs_is_touched(pair, photos, 
     for _ in range(2):
         assert main(arguments) == 0
         records = [strictly(line) for line in capsys.readouterr().out.splitlines()]
-        found.append({record["source"]: record["explanations"][0]["overlay"] for record in records})
+        found.append({record["source"]: record["explanations"][0]["picture"] for record in records})
     assert [file.read_bytes() for file in files] == before
     assert (
         found[0]
@@ -336,6 +336,8 @@ def test_options_reach_the_pipeline(pair, explain, photos, capsys, options):
 class Stub:
     """A pipeline whose results have a figure, and no rule, as those of other methods may."""
 
+    has_explainer = False
+
     def __call__(self, images, batch_size=1):
         if isinstance(images, list):
             return [self(image) for image in images]
@@ -378,7 +380,7 @@ def test_an_image_on_standard_input(pair, photos, tmp_path):
         process = in_a_process("explain", "-", "--json", *models)
         out, err = process.communicate(photo.read_bytes())
         assert process.returncode == 0, err
-        assert Path(strictly(out)["explanations"][0]["overlay"]).name.startswith(name)
+        assert Path(strictly(out)["explanations"][0]["picture"]).name.startswith(name)
     assert len(written(tmp_path / "out")) == 4
 
 

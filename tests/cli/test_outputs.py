@@ -36,7 +36,7 @@ def run(folder, *paths, classes=1):
         save(source, [result() for _ in range(classes)], place)
         for source, place in zip(asked, places_of(folder, asked), strict=True)
     ]
-    return [[Path(one["overlay"]).name for one in record["explanations"]] for record in records]
+    return [[Path(one["picture"]).name for one in record["explanations"]] for record in records]
 
 
 def names(folder):
@@ -122,7 +122,7 @@ def test_a_record_that_someone_edited_removes_no_other_file(tmp_path):
     run(tmp_path, photo)
     record = json.loads((tmp_path / "photo.tve.json").read_text())
     for name in ("photo.jpg", "../outside.png", "other.tve.png"):
-        record["explanations"].append(record["explanations"][0] | {"overlay": str(tmp_path / name)})
+        record["explanations"].append(record["explanations"][0] | {"picture": str(tmp_path / name)})
         (tmp_path / name).write_bytes(b"keep")
     (tmp_path / "photo.tve.json").write_text(json.dumps(record))
     assert run(tmp_path, photo) == [["photo.tve.png"]]

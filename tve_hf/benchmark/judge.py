@@ -211,10 +211,13 @@ class Judge:
         if not options.keys() & {"explainer", "shapley_explainer"}:
             return 0.0
         class_idx = torch.zeros(1, dtype=torch.int64, device=self.classifier.device)
-        # Whether the explainer fits takes passes of its own, once.
-        explain = partial(methods.explain, name, self.classifier, grid_size=self.grid, **options)
-        explain(pixel_values=self.classifier.probe()[:1], class_idx=class_idx)
-        return own_share(self.classifier, lambda pixel_values: explain(pixel_values=pixel_values, class_idx=class_idx))
+        explain = partial(methods.explain, name, self.classifier, class_idx=class_idx, grid_size=self.grid, **options)
+
+        def share() -> dict[str, Tensor]:
+            explain(pixel_values=self.classifier.probe()[:1])  # that the explainer fits takes passes, once
+            return {"share": torch.tensor(own_share(self.classifier, lambda pixels: explain(pixel_values=pixels)))}
+
+        return self.cells.get(self.key(f"share/{spec}", 0, 1), share)["share"].item()
 
     def compute(self, start: int, stop: int) -> None:
         """Compute all cells of one batch that have not been computed yet."""

@@ -248,7 +248,7 @@ class _Run:
                 method, rule = result.get("method", self.args.method), result.get("rule")
                 how = ", ".join(([method] if method not in (None, "tve") else []) + ([f"rule {rule}"] if rule else []))
                 lines.append(
-                    f"{record['image']}: {result['label']} ({result['score']:.1%}) -> {result['overlay']} [{how}]"
+                    f"{record['image']}: {result['label']} ({result['score']:.1%}) -> {result['picture']} [{how}]"
                 )
                 if "verification" in result:
                     lines.append(verified(result))

@@ -112,7 +112,7 @@ def _own_results(place: Path, key: str) -> set[str]:
     file = _with_ending(place, ".json")
     try:
         record = json.loads(file.read_bytes())
-        names = {Path(explanation["overlay"]).name for explanation in record["explanations"]}
+        names = {Path(explanation["picture"]).name for explanation in record["explanations"]}
         is_own = record["source"] == key
     except (OSError, ValueError, TypeError, KeyError):  # none, or not from here
         return set()
@@ -145,7 +145,7 @@ def save(source: Source, results: list[dict[str, Any]], place: Path, plain: bool
         files[path] = partial(picture.save, compress_level=_COMPRESSION)
         numbers = {key: result[key] for key in result if key not in _DRAWN}
         plainly = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in numbers.items()}
-        explanations.append(plainly | {"overlay": str(path)})
+        explanations.append(plainly | {"picture": str(path)})
     record = {"image": source.name, "source": source.key, "explanations": explanations}
     # Last, for it says whose the others are.
     files[_with_ending(place, ".json")] = partial(Path.write_text, data=dumps(record) + "\n")
