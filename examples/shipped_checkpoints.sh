@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train, measure and describe the checkpoints that the package ships. About six hours on two CPU cores.
+# Train, measure and describe the checkpoints that the package ships. About five hours on two CPU cores.
 #
 #   examples/shipped_checkpoints.sh DATA MODELS
 #
@@ -12,7 +12,6 @@ checkpoints=tve_hf/checkpoints
 results=model_cards/results
 cnn=$checkpoints/mobilenet-v2-tiny-imagenet
 cnn_pets=$checkpoints/mobilenet-v2-cats-vs-dogs
-cnn_explainer=$checkpoints/tve-mobilenet-v2-tiny-imagenet
 vit=$checkpoints/vit-tiny-tiny-imagenet
 pets=$checkpoints/vit-tiny-cats-vs-dogs
 explainer=$checkpoints/tve-vit-tiny-tiny-imagenet
@@ -31,7 +30,7 @@ ship() { # copy what a checkpoint needs from its run
 export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 large=("$data"/photos/train-*.parquet "$data"/{imagenette,cats_vs_dogs}/train-00000-of-00001.parquet)
 
-# The default: a CNN fine-tuned on 200 classes, a second head on it, and their explainer.
+# A CNN fine-tuned on 200 classes, and a second head on it.
 python examples/finetune_cnn.py --classifier "$models/mobilenet_v2_1.0_224_imagenet" \
     --train_files "$data/tiny_imagenet/train-*.parquet" --unlabelled_files "${large[@]}" \
     --test_files "$data/tiny_imagenet/test-*.parquet" --large_test_files "$data/imagenet_samples/test-*.parquet" \
@@ -40,15 +39,9 @@ ship $runs/mobilenet-v2 $cnn
 python examples/tune_head.py --classifier $cnn --train_files "$data/cats_vs_dogs/train-*.parquet" \
     --test_files "$data/cats_vs_dogs/test-*.parquet" --output_dir $runs/cnn-pets
 ship $runs/cnn-pets $cnn_pets
-# Random backgrounds, Eq. 3: 100,608 masked passes.
-tve-hf pretrain --classifier $cnn --train_files "${large[@]}" --validation_files "$data/imagenette/test-*.parquet" \
-    --output_dir $runs/explainer-cnn --grid_size 10 --hops 1 --backgrounds random --coalitions smooth \
-    --coalition_scale 0.7 --coalitions_per_image 16 --label_removals zero zero zero zero zero zero zero blur \
-    --batch_size 32 --num_epochs 12 --cache_labels --normalize_labels --save_steps 393 --seed 0
-ship $runs/explainer-cnn $cnn_explainer
 python examples/share_backbone.py $cnn $cnn_pets
 
-# The small ViT likewise, for methods that need attention.
+# The small ViT, a second head on it, and its explainers.
 python examples/distill_vit.py --train_files "$data/tiny_imagenet/train-*.parquet" \
     --test_files "$data/tiny_imagenet/test-*.parquet" --teacher "$models/mobilenet_v2_1.0_224_imagenet" \
     --output_dir $runs/vit
@@ -100,9 +93,6 @@ land() { # what tve-hf evaluate wrote, where it is shown
         install -m 644 $1/$file $2/$file
     done
 }
-measure imagenet_samples 100 $results/mobilenet_v2/imagenet_samples $cnn $cnn_explainer \
-    --methods exact random grad_cam rise@400
-measure cats_vs_dogs 100 $results/mobilenet_v2/cats_vs_dogs $cnn_pets $cnn_explainer --methods exact random grad_cam
 for task in tiny_imagenet cats_vs_dogs; do
     classifier=$([ $task = tiny_imagenet ] && echo "$vit" || echo $pets)
     rival=$([ $task = tiny_imagenet ] && echo "--vit_shapley $shapley" || true)
@@ -134,8 +124,6 @@ python examples/study_theorem.py --report $antithetical/tiny_imagenet_log_prob/r
 for folder in $cnn $cnn_pets $vit $pets; do
     tve-hf card $folder --license cc-by-nc-4.0 --output "model_cards/$(basename $folder).md"
 done
-tve-hf card $cnn_explainer --results $results/mobilenet_v2/{imagenet_samples,cats_vs_dogs} --license cc-by-nc-4.0 \
-    --output "model_cards/$(basename $cnn_explainer).md"
 tve-hf card $explainer --results $results/{tiny_imagenet,cats_vs_dogs} --license cc-by-nc-4.0 \
     --output "model_cards/$(basename $explainer).md"
 tve-hf explain --output docs

@@ -1,8 +1,9 @@
-"""The small ViT of the package, its two heads and its explainer: cheap enough for tests that need trained weights."""
+"""The checkpoints of the package: the small ViT, its heads and its explainer, cheap enough for any test, and a CNN."""
 
-from tve_hf.released import CHECKPOINTS, VIT_EXPLAINER
+from tve_hf.released import CHECKPOINTS
 
 VIT = CHECKPOINTS / "vit-tiny-tiny-imagenet"
 VIT_PETS = CHECKPOINTS / "vit-tiny-cats-vs-dogs"
-
-__all__ = ["VIT", "VIT_EXPLAINER", "VIT_PETS"]
+VIT_EXPLAINER = CHECKPOINTS / "tve-vit-tiny-tiny-imagenet"
+CNN = CHECKPOINTS / "mobilenet-v2-tiny-imagenet"
+CNN_PETS = CHECKPOINTS / "mobilenet-v2-cats-vs-dogs"

@@ -230,6 +230,11 @@ def test_dividing_grid(height, width, expected) -> None:
     assert dividing_grid(height, width) == expected
 
 
+@pytest.mark.parametrize(("side", "patches"), [(160, 10), (224, 8), (64, 8), (384, 12)])
+def test_dividing_grid_near_another_number(side, patches) -> None:
+    assert dividing_grid(side, side, longest=10) == (patches, patches)
+
+
 def test_dividing_grid_has_square_patches_and_none_is_nearer() -> None:
     for height, width in itertools.product(range(32, 321, 16), repeat=2):
         grids = {}

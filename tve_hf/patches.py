@@ -46,8 +46,8 @@ def grid_of(num_patches: int, grid_size: GridSize | None) -> tuple[int, int]:
     return rows, columns
 
 
-def dividing_grid(height: int, width: int) -> tuple[int, int]:
-    """Return the grid of square patches that divides an image, its longer side as near to 14 patches as possible.
+def dividing_grid(height: int, width: int, longest: int = 14) -> tuple[int, int]:
+    """Return the grid of square patches that divides an image, its longer side as near to so many as possible.
 
     Raises:
         ValueError: If the longer side of every such grid has fewer than 2 or more than 28 patches.
@@ -55,7 +55,7 @@ def dividing_grid(height: int, width: int) -> tuple[int, int]:
     sides = math.gcd(height, width)
     patches = [side for side in range(1, sides + 1) if sides % side == 0]
     # The coarser one of two that are as near: it costs less.
-    patch = min(patches, key=lambda side: (abs(max(height, width) // side - 14), -side))
+    patch = min(patches, key=lambda side: (abs(max(height, width) // side - longest), -side))
     rows, columns = height // patch, width // patch
     if not 2 <= max(rows, columns) <= 28:
         raise ValueError(

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from shipped import VIT, VIT_EXPLAINER
 from tiny import noise_image, save_pair
 
 from tve_hf.cli import main
@@ -51,7 +50,6 @@ def test_a_classifier_that_is_not_there(trained, capsys, classifier, said):
 def test_a_classifier_that_lies_beside_its_explainer_now(trained, tmp_path):
     trained("elsewhere/classifier")
     assert classifier_of("explainer") == str((tmp_path / "classifier").resolve())
-    assert classifier_of(str(VIT_EXPLAINER)) == str(VIT)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"arguments": {"classifier": 3}}'])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import make_shapley_explainer
 from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from tve_hf import methods
 from tve_hf.attribution import exact_meta_attribution, transfer
@@ -430,3 +431,14 @@ def test_random_scores_follow_the_generator_and_look_normal(shared_model, images
     assert not torch.equal(draw(0), draw(1))
     assert abs(draw(0).mean()) < 5 / math.sqrt(4000)
     assert abs(draw(0).std() - 1) < 5 / math.sqrt(2 * 4000)
+
+
+def test_few_samples_are_not_spread_over_many_patches(randomized, images) -> None:
+    """Without a grid: 16 x 16 patches would be the default for these images, of 160 pixels."""
+    config = ResNetConfig(num_labels=3, embedding_size=4, hidden_sizes=[4, 4, 4, 4], depths=[1] * 4)
+    model = randomized(ResNetForImageClassification(config)).eval()
+    classifier = split_classifier(model, ViTImageProcessor(size={"height": 160, "width": 160}))
+    x, class_idx = images(1, 160), torch.tensor([0])
+    assert methods.explain("sampled", classifier, x, class_idx).shape == (1, 10, 10)
+    assert methods.explain("sampled", classifier, x, class_idx, n_samples=512).shape == (1, 16, 16)
+    assert methods.explain("sampled", classifier, x, class_idx, (16, 16), n_samples=16).shape == (1, 16, 16)

@@ -6,6 +6,7 @@ Each method is a function `explain` in a file of its own, imported when it is fi
 from collections.abc import Callable, Collection
 from importlib import import_module
 from inspect import Parameter, signature
+from math import prod
 from typing import Any, get_args
 
 import torch
@@ -15,7 +16,7 @@ from ..attribution import rule_named
 from ..classifiers import SplitClassifier
 from ..classifiers.given import ClassifierInput, ClassInput, class_tensor, split_and_pixels
 from ..inputs import refuse_unknown, whole_number
-from ..patches import GridSize, as_pair
+from ..patches import GridSize, as_pair, dividing_grid
 
 _METHODS = {
     "tve": ".tve",
@@ -121,7 +122,7 @@ def explain(
             classifier's image processor prepares.
         class_idx: the class to explain in each image, (B,); K classes of each, (B, K); or a number, of all images.
         grid_size: P, or (rows, cols), of the map; by default the explainer's, where one is among the options, or
-            `classifier.default_grid`.
+            `classifier.default_grid`, but about 10 a side for "sampled" with fewer than two samples a patch.
         options: what the method's own `explain` takes besides. "exact" and "sampled" also take what the classifier
             reads besides pixels, such as the spatial_shapes of images that come as rows of patches.
 
@@ -146,6 +147,7 @@ def explain(
                 "'exact', which needs none."
             )
     check_options(name, options, split.backbone.other_inputs)
+    known = options_of(name)
     class_idx = class_tensor(split, class_idx, len(pixel_values), several=True)
     explainer = options.get("explainer", options.get("shapley_explainer"))
     if grid_size is None and explainer is not None:
@@ -153,6 +155,9 @@ def explain(
     elif grid_size is None:
         inputs = {key: options[key] for key in split.backbone.other_inputs if key in options}
         grid_size = split.default_grid(pixel_values, **inputs)
+        number = options.get("n_samples", known["n_samples"]) if name == "sampled" else None
+        if number is not None and number < 2 * prod(as_pair(grid_size)) and pixel_values.ndim == 4:
+            grid_size = dividing_grid(*pixel_values.shape[-2:], longest=10)  # else the map is mostly noise
     grid = as_pair(grid_size)
     if class_idx.ndim == 1 or name in _FOR_ALL_CLASSES:
         scores = method(split, pixel_values, class_idx, grid, **options)
