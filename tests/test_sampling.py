@@ -178,3 +178,24 @@ def test_mistakes_are_named(cnn, images, changed, message) -> None:
     arguments = {"pixel_values": images(1, 32), "grid_size": 4} | changed
     with pytest.raises(ValueError, match=message):
         sampled_meta_attribution(cnn, **arguments)
+
+
+def test_as_many_pairs_as_patches_are_not_fitted_to_the_last() -> None:
+    """Equal pairs have equal embeddings; where all else is fitted, that looks like no error at all."""
+    generator = torch.Generator().manual_seed(1)
+    inner, outer = (
+        torch.randn(100, 200, generator=generator).double(),
+        torch.randn(200, 8, generator=generator).double(),
+    )
+
+    def phi(pairs: int) -> Tensor:
+        keep = Coalitions("smooth").draw(1, 2 * pairs, (10, 10), torch.Generator().manual_seed(0))[0]
+        values = ((keep.double() - 0.5) @ inner).tanh() @ outer  # far from additive
+        zero = torch.zeros(1, 8, dtype=torch.float64)
+        regression = Regression(keep, Coalitions("smooth"), zero, zero)
+        regression.add(slice(0, len(keep)), values[None])
+        return regression.solve()[0]
+
+    truth = phi(5000)
+    few, as_many, more = ((phi(pairs) - truth).square().mean().item() for pairs in (80, 100, 120))
+    assert as_many <= 1.2 * max(few, more)

@@ -162,7 +162,9 @@ class Regression:
         # Of each penalty, image and dimension, (L, B, D).
         residuals = squares - torch.einsum("lr,brd->lbd", 2 * shrunk - shrunk.square(), explained)
         freedom = n - shrunk.sum(1) - (0 if self.in_pairs else 1)  # (L,)
-        scores = residuals.sum(-1) / freedom.clamp(min=1e-6)[:, None].square()  # (L, B)
+        # What fits nearly everything leaves nothing to judge it by: without this, n = N gives noise.
+        judged = freedom >= 0.1 * n
+        scores = torch.where(judged, 1 / freedom.square(), torch.inf)[:, None] * residuals.sum(-1)  # (L, B)
         best = scores.argmin(0)  # (B,)
         weights = shrunk[best] / strengths  # (B, r)
         phi = vectors @ (weights[..., None] * spread)
