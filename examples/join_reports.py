@@ -54,6 +54,9 @@ def join(reports: list[dict[str, Any]], renames: list[dict[str, str]], left_out:
         for spec, row in rows_of(report, removals).items():
             if spec not in missing:
                 methods.setdefault(rename.get(spec, spec), row)
+    if not all("faithfulness" in row["columns"] for row in methods.values()):  # a column with gaps compares nothing
+        for row in methods.values():
+            row["columns"].pop("faithfulness", None)
     own = {key: column for key, column in first["per_image"].items() if "/" not in key}
     per_image = own | {
         f"{spec}/{key}": column for spec, row in methods.items() for key, column in row["columns"].items()

@@ -30,6 +30,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     for name, color in zip(names.split(), _COLORS, strict=False)
 } | {
     "tve": {"color": "black", "marker": "*", "linestyle": "-"},  # these stand out
+    "tve_two_states": {"color": "0.35", "marker": "*", "linestyle": "--"},  # of another form, in joined reports
     "vit_shapley": {"color": "#0072b2", "marker": "P", "linestyle": ":"},
     "exact": {"color": "black", "marker": "D", "linestyle": "--"},
     "exact_sampled": {"color": "0.35", "marker": "D", "linestyle": ":"},
