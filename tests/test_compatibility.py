@@ -29,7 +29,7 @@ def classifier(tmp_path_factory):
         (None, "How good the explainer is for this backbone was not measured; verify says it of each map."),
         (
             EARLY,
-            "On 32 held-out images the explainer accounts for 37% of what masking does to the predicted class's logit "
+            "On 32 held-out images the explainer accounts for 37% of what masking does to the class's logit "
             "(median), and its maps reach 75% of the fidelity of sampled ones.",
         ),
         (
@@ -39,12 +39,11 @@ def classifier(tmp_path_factory):
         ),
         (  # which there is not much of: no share of it
             EARLY | {"sampled_fidelity_gap": -0.01},
-            "On 32 held-out images the explainer accounts for 37% of what masking does to the predicted class's logit "
-            "(median).",
+            "On 32 held-out images the explainer accounts for 37% of what masking does to the class's logit (median).",
         ),
         (
             EARLY | {"logit_r2": -0.3},
-            "On 32 held-out images the explainer accounts for 0% of what masking does to the predicted class's logit "
+            "On 32 held-out images the explainer accounts for 0% of what masking does to the class's logit "
             "(median), and its maps reach 75% of the fidelity of sampled ones, which is poor.",
         ),
         (

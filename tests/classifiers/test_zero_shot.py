@@ -402,12 +402,12 @@ def test_command_line(saved, tmp_path, capsys):
     folder, explainer = saved
     noise_image(0).save(tmp_path / "photo.png")
     arguments = ["explain", str(tmp_path / "photo.png"), "--classifier", str(folder), "--model", str(explainer)]
-    arguments += ["--output", str(tmp_path / "out"), "--json", "--label", "two dogs"]
+    arguments += ["--output", str(tmp_path / "out"), "--json", "--plain", "--label", "two dogs"]
     assert main([*arguments, "--candidate-labels", "a cat", "two dogs", "--hypothesis-template", "a photo of {}"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     (explanation,) = json.loads(line)["explanations"]
     assert (explanation["label"], explanation["class_idx"]) == ("two dogs", 1)
-    with Image.open(explanation["overlay"]) as picture:
+    with Image.open(explanation["picture"]) as picture:
         assert picture.size == (40, 40)
     assert main([*arguments[:-2], "--candidate-labels", "a cat", "a cat"]) == 1
     assert capsys.readouterr().err == "tve-hf: candidate_labels has 'a cat' twice; leave one of them out.\n"
