@@ -157,7 +157,8 @@ def explain(
         grid_size = split.default_grid(pixel_values, **inputs)
         number = options.get("n_samples", known["n_samples"]) if name == "sampled" else None
         if number is not None and number < 2 * prod(as_pair(grid_size)) and pixel_values.ndim == 4:
-            grid_size = dividing_grid(*pixel_values.shape[-2:], longest=10)  # else the map is mostly noise
+            height, width = pixel_values.shape[-2:]
+            grid_size = dividing_grid(height, width, longest=10)  # else the map is mostly noise
     grid = as_pair(grid_size)
     if class_idx.ndim == 1 or name in _FOR_ALL_CLASSES:
         scores = method(split, pixel_values, class_idx, grid, **options)
