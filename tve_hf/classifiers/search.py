@@ -127,34 +127,34 @@ def find_layouts(calls: list[Call], pixel_values: Tensor) -> dict[str, MapLayout
 
 
 def find_features(
-    calls: list[Call], head_name: str, layouts: dict[str, MapLayout], pixel_values: Tensor
+    calls: list[Call], head_names: list[str], layouts: dict[str, MapLayout], pixel_values: Tensor
 ) -> tuple[str, ...]:
     """Choose the blocks before the head, at fixed shares of the depth, whose outputs are feature maps.
 
-    And the map whose mean over its positions the head reads, if there is one: it says what each position adds.
+    And the map whose mean over its positions the one head reads, if there is one: it says what each position adds.
 
     Args:
         calls: of a traced pass.
-        head_name: the module that gives the logits.
+        head_names: the modules that give the logits, or their summands.
         layouts: of the modules that give feature maps.
         pixel_values: the traced images, (B, C, H, W).
     """
     names = [call.name for call in calls]
-    maps = [name for name in names[: names.index(head_name)] if names.count(name) == 1 and name in layouts]
+    maps = [name for name in names[: names.index(head_names[0])] if names.count(name) == 1 and name in layouts]
     # Blocks are what stands in a list: `layers.3`, `stages.1`. Any module will do where a model has none.
     blocks = [name for name in maps if name.rpartition(".")[2].isdigit()] or maps
     outer = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
     blocks = outer if len(outer) >= len(FEATURE_DEPTHS) else blocks
     positions = sorted({math.ceil(depth * len(blocks)) - 1 for depth in FEATURE_DEPTHS}) if blocks else []
     chosen = [blocks[i] for i in positions]
-    embeddings = calls[names.index(head_name)].input
+    embeddings = calls[names.index(head_names[0])].input
     outputs = {call.name: call.outputs for call in calls}
 
     def is_pooled(name: str) -> bool:
         tensor = layouts[name].tensor_in(outputs[name], len(pixel_values))
         return is_mean_of(embeddings, layouts[name].as_map(tensor, *pixel_values.shape[-2:]))
 
-    if not any(map(is_pooled, chosen)):
+    if len(head_names) == 1 and not any(map(is_pooled, chosen)):
         chosen += [name for name in maps if is_pooled(name)][-1:]
     return tuple(chosen)
 

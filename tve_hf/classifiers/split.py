@@ -71,7 +71,7 @@ def split_classifier(
     _check_finite(traced, name)
     parts, traced = _find_head(model, traced)
     layouts = find_layouts(traced.calls, traced.pixel_values)
-    feature_names = find_features(traced.calls, parts[0].name, layouts, traced.pixel_values)
+    feature_names = find_features(traced.calls, [part.name for part in parts], layouts, traced.pixel_values)
     backbone = Backbone(model, parts, feature_names, tuple(traced.probe)[1:], layouts, traced.image_size)
     traced.calls.clear()  # with all that the model has computed
     classifier = _assemble(backbone, traced, name)

@@ -96,7 +96,7 @@ def split_towers(
     embeddings, calls = trace(tower, **probe)
     part = HeadPart("embedding", input_shape=tuple(embeddings.shape[1:]))
     layouts = find_layouts(calls, probe["pixel_values"])
-    feature_names = find_features(calls, part.name, layouts, probe["pixel_values"])
+    feature_names = find_features(calls, [part.name], layouts, probe["pixel_values"])
     backbone = Backbone(tower, [part], feature_names, tuple(probe)[1:], layouts)
     del calls
     text = TextTower(model, tokenizer, name)
