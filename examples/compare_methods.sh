@@ -47,3 +47,8 @@ compare vit_tiny $vit tiny_imagenet --model $runs/explainer-antithetical --vit_s
 # Two states for all of them, Eq. 5, against the sampled expectation, Eq. 3.
 python examples/study_sampling.py --classifier $vit --files "$data/tiny_imagenet/test-*.parquet" --grid_size 8 \
     --hops 1 --num_images 100 --num_patches 16 --output_file $results/sampling.json --plot $results/sampling.png
+
+# What masked passes buy in training: both forms of the explainer at 80,000.
+python examples/study_passes.py --classifier $vit --train_files "$data/tiny_imagenet/train-*.parquet" \
+    --test_files "$data/tiny_imagenet/test-*.parquet" --numbers 5000 --num_images 60 --output_dir $runs/passes \
+    --output_file $results/passes.json

@@ -20,6 +20,16 @@ def test_tables_are_those_of_the_reports(path) -> None:
     assert report["num_images"] == len(report["rows"]) == 100
 
 
+def test_what_a_masked_pass_teaches_is_what_was_measured() -> None:
+    rows = json.loads((ROOT / "docs" / "comparison" / "passes.json").read_text())["rows"]
+    text = (ROOT / "docs" / "comparison.md").read_text().split("## What a masked pass teaches")[1].split("\n## ")[0]
+    assert {row["passes"] for row in rows} == {80_000}
+    for row in rows:
+        for removal in ("zero", "blur"):
+            values = [row[removal]["gap"], *row[removal]["interval"]]
+            assert all(f"{value:.3f}" in text for value in values), (row["backgrounds"], removal)
+
+
 @pytest.mark.parametrize("case", OBJECTIVES)
 def test_what_was_tried_is_what_the_study_found(case) -> None:
     text = (ROOT / "docs" / "imagenet.md").read_text()
