@@ -145,7 +145,7 @@ def test_every_writer_is_understood_on_a_full_disk(tmp_path, writer):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(Exception) as caught:  # noqa: B017 (each library has its own class)
+        with pytest.raises((OSError, RuntimeError, SafetensorError)) as caught:
             WRITERS[writer](tmp_path / "file")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

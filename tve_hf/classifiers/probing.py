@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..patches import as_pair
 from .loading import image_processor_from, pretrained_cfg_of
-from .tracing import Call, RefusedShape, is_about_shapes, probe_like, trace
+from .tracing import ABOUT_SHAPES, Call, RefusedShape, is_about_shapes, probe_like, trace
 
 # Sides that are tried where no module tells its own. A stride of 5 or more is that of patches.
 _USUAL_STRIDE, _LEAST_PATCH = 32, 5
@@ -80,7 +80,7 @@ def _trace_size(model: nn.Module, size: tuple[int, int]) -> Traced | None:
     probe = probe_like(model, image_processor, image_size=size)
     try:
         return Traced(image_processor, size, probe, *trace(model, **probe))
-    except Exception as error:  # any class, for the model is anyone's; what is not about the size goes on
+    except ABOUT_SHAPES as error:
         if is_about_shapes(error):
             return None
         raise

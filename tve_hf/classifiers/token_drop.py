@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..patches import GridSize, spread, token_grid
 from .parts import Backbone
 from .search import differ
-from .tracing import Call, hooked, is_about_shapes, trace
+from .tracing import ABOUT_SHAPES, Call, hooked, is_about_shapes, trace
 
 
 class TokenInput(NamedTuple):
@@ -92,7 +92,7 @@ def find_token_input(backbone: Backbone, pixel_values: Tensor) -> TokenInput:
             in_order = _embed(backbone, tokens, image, cells[None])
             reversed_order = _embed(backbone, tokens, image, cells.flip(0)[None])
             without, without_other = (_embed(backbone, tokens, x, even[None]) for x in (image, other))
-        except Exception as error:  # any class, as the module is anyone's
+        except ABOUT_SHAPES as error:
             if is_about_shapes(error):  # of a module that needs the whole sequence
                 continue
             raise

@@ -45,14 +45,19 @@ class RefusedShape(ValueError):
     """A model says that it does not take images of the shape of the probe."""
 
 
+# What models raise at images of a size that they do not take; RuntimeErrors are torch's for much else as well.
+ABOUT_SHAPES = (AssertionError, ValueError, IndexError, ZeroDivisionError, RuntimeError)
+
+
 def is_about_shapes(error: Exception) -> bool:
     """Whether this is how a model complains of the shape of what it reads, and no other failure.
 
     torch raises one class of error for both, such as when memory runs out or a device fails, so its words tell.
     """
-    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-        return any(word in str(error).lower() for word in ("shape", "size", "dimension", "channels"))
-    return isinstance(error, (AssertionError, ValueError, IndexError, ZeroDivisionError))
+    if isinstance(error, RuntimeError):
+        words = ("shape", "size", "dimension", "channels")
+        return not isinstance(error, torch.OutOfMemoryError) and any(word in str(error).lower() for word in words)
+    return isinstance(error, ABOUT_SHAPES)
 
 
 def trace(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Tensor, list[Call]]:
@@ -85,7 +90,7 @@ def trace(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Ten
                 "set the size of its image processor to the model's"
                 f"{', or wrap the model to pass interpolate_pos_encoding=True' if interpolates else ''}."
             ) from error
-        except Exception as error:  # any class, and raised again: a note is added
+        except ABOUT_SHAPES as error:
             if is_about_shapes(error):  # often an assert without a message
                 error.add_note(
                     f"{type(model).__name__} was given noise of shape {tuple(pixel_values.shape)}; if that is not "

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
@@ -57,10 +57,13 @@ def decoded(pool: Executor, sources: Iterable[Source], number: int) -> Iterator[
 
 
 def _read(image: Any) -> Image.Image | Exception:
-    if isinstance(image, Exception):
-        return image
+    return image if isinstance(image, Exception) else _outcome(load_image, image)
+
+
+def _outcome(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a call returns, or the error that it raises, to be told of its image."""
     try:
-        return load_image(image)
+        return function(*arguments, **options)
     except Exception as error:  # whatever is wrong with one image, the others are still explained
         return error
 
@@ -84,15 +87,9 @@ def explained(explainer: Any, batch: Sequence[Item]) -> list[list[dict[str, Any]
     outcomes: dict[int, Any] = {item.index: item.picture for item in batch if isinstance(item.picture, Exception)}
     pictures = {item.index: item.picture for item in batch if item.index not in outcomes}
     if len(pictures) > 1:
-        try:
-            results = explainer([*pictures.values()], batch_size=len(pictures))
+        results = _outcome(explainer, [*pictures.values()], batch_size=len(pictures))
+        if not isinstance(results, Exception):  # else which of them it is about shows one by one
             outcomes |= zip(pictures, results, strict=True)
             pictures = {}
-        except Exception:  # which of them it is shows one by one; one that fits no memory alone may have fitted none
-            pass
-    for index, picture in pictures.items():
-        try:
-            outcomes[index] = explainer(picture)
-        except Exception as error:  # as in `_read`
-            outcomes[index] = error
+    outcomes |= {index: _outcome(explainer, picture) for index, picture in pictures.items()}
     return [outcomes[item.index] for item in batch]

@@ -224,17 +224,14 @@ class _Run:
             if len(self._behind) <= number and isinstance(outcome, Future) and not outcome.done():
                 return
             self._behind.popleft()
-            try:
-                if isinstance(outcome, Exception):
-                    raise outcome
-                record = outcome.result()
-            except Unwritable:
-                raise
-            except Exception as error:  # whatever is wrong with one image, the others are still explained
-                self._bar.write(message(error, item.source.name, self.args.traceback), file=sys.stderr)
-            else:
+            error = outcome if isinstance(outcome, Exception) else outcome.exception()
+            if isinstance(outcome, Future) and error is None:
                 self.finished += 1
-                self._say(record)
+                self._say(outcome.result())
+            elif isinstance(error, Exception) and not isinstance(error, Unwritable):  # the others are still explained
+                self._bar.write(message(error, item.source.name, self.args.traceback), file=sys.stderr)
+            elif error is not None:
+                raise error
             self._bar.update()
 
     def _say(self, record: dict[str, Any]) -> None:
