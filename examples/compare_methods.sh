@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Every method, on a CNN of ImageNet and on the shipped ViT, with the samples of the papers and with enough of them.
-# About three hours on two CPU cores; started again, it computes only what is missing.
+# About five hours on two CPU cores; started again, it computes only what is missing.
 #
 #   examples/compare_methods.sh DATA MODELS
 #
-# DATA holds parquet image sets (imagenet_samples, tiny_imagenet, imagenette, cats_vs_dogs), MODELS the CNN.
+# DATA holds parquet image sets (imagenet_samples, tiny_imagenet, imagenette, cats_vs_dogs, photos), MODELS the CNN.
 set -euo pipefail
 data=$1 models=$2
 results=docs/comparison
@@ -12,14 +12,6 @@ runs=runs # what is computed stays here
 vit=tve_hf/checkpoints/vit-tiny-tiny-imagenet
 shapley=examples/vit-shapley-vit-tiny-tiny-imagenet # by examples/train_vit_shapley.py
 
-compare() { # name, classifier, images, more
-    tve-hf evaluate --classifier "$2" --test_files "$data/$3/test-*.parquet" --num_images 100 --methods paper fair \
-        --removals zero blur --output_dir $runs/comparison/$1 "${@:4}"
-    mkdir -p $results/$1
-    for file in report.json table.md fidelity.png cost.png removals.png; do
-        install -m 644 $runs/comparison/$1/$file $results/$1/$file
-    done
-}
 cnn=$models/mobilenet_v2_1.0_224_imagenet
 # Explainers for the CNN. Of random backgrounds, on unlabelled photographs beside those that it is judged by: 100,608
 # masked passes of the CNN. And of the paper's two, 0.5 million passes, on 20,000 images of 64 pixels and 3,100 larger ones.
@@ -33,16 +25,25 @@ tve-hf pretrain --classifier "$cnn" --output_dir $runs/explainer-mobilenet-v2 --
     "$data/tiny_imagenet/train-00000-of-00002.parquet" "$data"/{imagenette,cats_vs_dogs}/train-00000-of-00001.parquet \
     --validation_files "$data/imagenette/test-*.parquet" --validation_images 16 --grid_size 14 --batch_size 32 \
     --num_epochs 5 --cache_labels --normalize_labels --save_steps 600
-compare mobilenet_v2_two_states "$cnn" imagenet_samples --model $runs/explainer-mobilenet-v2
 tve-hf evaluate --classifier "$cnn" --test_files "$data/imagenet_samples/test-*.parquet" --num_images 100 \
-    --methods random --removals zero blur --num_gallery 0 --output_dir $runs/comparison/random \
+    --methods paper fair --removals zero blur --output_dir $runs/comparison/two-states \
+    --model $runs/explainer-mobilenet-v2
+tve-hf evaluate --classifier "$cnn" --test_files "$data/imagenet_samples/test-*.parquet" --num_images 100 \
+    --methods tve --removals zero blur --num_gallery 0 --output_dir $runs/comparison/random \
     --model $runs/explainer-mobilenet-v2-random
-two_states=$runs/comparison/mobilenet_v2_two_states/report.json
+two_states=$runs/comparison/two-states/report.json
 python examples/join_reports.py --output_dir $results/mobilenet_v2 $runs/comparison/random/report.json $two_states \
     --rename $two_states tve=tve_two_states
 install -m 644 $runs/explainer-mobilenet-v2-random/training.json $results/mobilenet_v2/training.json
+install -m 644 $runs/explainer-mobilenet-v2/training.json $results/mobilenet_v2/training_two_states.json
 # The explainer of two backgrounds that shipped_checkpoints.sh trains.
-compare vit_tiny $vit tiny_imagenet --model $runs/explainer-antithetical --vit_shapley $shapley
+tve-hf evaluate --classifier $vit --test_files "$data/tiny_imagenet/test-*.parquet" --num_images 100 \
+    --methods paper fair --removals zero blur --output_dir $runs/comparison/vit_tiny \
+    --model $runs/explainer-antithetical --vit_shapley $shapley
+mkdir -p $results/vit_tiny
+for file in report.json table.md fidelity.png cost.png removals.png; do
+    install -m 644 $runs/comparison/vit_tiny/$file $results/vit_tiny/$file
+done
 
 # Two states for all of them, Eq. 5, against the sampled expectation, Eq. 3.
 python examples/study_sampling.py --classifier $vit --files "$data/tiny_imagenet/test-*.parquet" --grid_size 8 \

@@ -3,7 +3,7 @@
     python examples/join_reports.py --output_dir joined report.json other/report.json \
         --rename other/report.json tve=tve_two_states --leave_out other/report.json random
 
-The runs must have the same classifier and images, and the removal operators of the first, whose settings are kept.
+The runs must have the same classifier and images, and the removal operators of the first, whose other settings are kept.
 Intervals and tests are computed anew, over all methods.
 """
 
@@ -63,6 +63,7 @@ def join(reports: list[dict[str, Any]], renames: list[dict[str, str]], left_out:
     }
     table = {key: torch.tensor([float(v) for v in column], dtype=torch.float64) for key, column in per_image.items()}
     return first | {
+        "settings": first["settings"] | {"methods": list(methods)},
         "summary": summarize(table, list(methods), removals),
         "refused": {},
         "cost": {spec: row["cost"] for spec, row in methods.items()},

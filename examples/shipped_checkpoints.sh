@@ -112,7 +112,7 @@ done
 # Maps that n masked passes correct, beside methods that take n passes.
 tve-hf evaluate --classifier $vit --model $explainer --num_images 100 --removals zero --num_gallery 0 \
     --test_files "$data/tiny_imagenet/test-*.parquet" --output_dir $runs/results/refine \
-    --methods random {tve,lime,kernel_shap,rise}@{8,16,25,50,100,400}
+    --methods exact random {tve,lime,kernel_shap,rise}@{8,16,25,50,100,400}
 for file in report.json table.md cost.png; do
     install -m 644 $runs/results/refine/$file docs/comparison/refine/$file
 done

@@ -38,6 +38,7 @@ def test_methods_are_renamed_and_left_out_and_the_first_report_counts(whole):
     renames, left_out = [{}, {"tve": "tve_before"}], [set(), {"exact"}]
     joined = join_reports.join([part(whole, ["tve", "random"]), other], renames, left_out)
     assert list(joined["cost"]) == ["tve", "random", "tve_before"]
+    assert joined["settings"] == whole["settings"] | {"methods": ["tve", "random", "tve_before"]}
     assert joined["per_image"]["tve_before/zero/plus"] == whole["per_image"]["tve/zero/plus"]
 
 
