@@ -3,8 +3,8 @@
     python examples/join_reports.py --output_dir joined report.json other/report.json \
         --rename other/report.json tve=tve_two_states --leave_out other/report.json random
 
-The runs must have the same classifier and images, and the removal operators of the first, whose other settings are kept.
-Intervals and tests are computed anew, over all methods.
+The runs must have the same classifier and images, and the removal operators of the first, whose other settings are
+kept. Intervals and tests are computed anew, over all methods.
 """
 
 import argparse
