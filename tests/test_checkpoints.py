@@ -31,7 +31,7 @@ def of_family(explainer: Path) -> str:
 
 def test_checkpoints_are_small_safetensors_only():
     files = [path for path in CHECKPOINTS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 25 * 2**20
+    assert sum(path.stat().st_size for path in files) <= 20 * 2**20
     assert {path.suffix for path in files} == {".json", ".safetensors"}
 
 
@@ -145,7 +145,7 @@ def test_report_is_what_the_checkpoints_give(explainer, task, classifier, shared
         "model": str(explainer),
         "vit_shapley": None,
         "test_files": [str(path) for path in (shared_data / task).glob("test-*.parquet")],
-        "num_images": 10,
+        "num_images": 20,
         "methods": [rival],
         "removals": ["zero"],
         "num_gallery": 0,
@@ -153,8 +153,8 @@ def test_report_is_what_the_checkpoints_give(explainer, task, classifier, shared
     }
     again = evaluate(EvaluateArguments(**settings))["per_image"]
     assert {"r2", "tve/zero/plus", f"{rival}/zero/minus"} <= again.keys() & report["per_image"].keys()
-    for key in again.keys() & report["per_image"].keys():
-        expected = [float(value) for value in report["per_image"][key][:10]]
+    for key in again.keys() - {f"{spec}/faithfulness" for spec in ("tve", rival)}:  # which joined reports may lack
+        expected = [float(value) for value in report["per_image"][key][:20]]
         assert again[key] == pytest.approx(expected, abs=5e-3, rel=1e-2), key
 
 
