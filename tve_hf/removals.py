@@ -43,11 +43,13 @@ def blur(pixel_values: Tensor, keep: Tensor) -> Tensor:
     radius = int(2 * sigma)
     offset = torch.arange(-radius, radius + 1, device=pixel_values.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).to(pixel_values.dtype)
+    kernel = kernel / kernel.sum()
     channels = pixel_values.shape[1]
-    x = F.pad(pixel_values, (radius,) * 4, mode="replicate")
+    # In float32: for bfloat16 with channels last, torch takes minutes on a CPU.
+    x = F.pad(pixel_values.float(), (radius,) * 4, mode="replicate")
     x = F.conv2d(x, kernel.view(1, 1, 1, -1).repeat(channels, 1, 1, 1), groups=channels)
-    return F.conv2d(x, kernel.view(1, 1, -1, 1).repeat(channels, 1, 1, 1), groups=channels).unsqueeze(1)
+    x = F.conv2d(x, kernel.view(1, 1, -1, 1).repeat(channels, 1, 1, 1), groups=channels)
+    return x.to(pixel_values.dtype).unsqueeze(1)
 
 
 def _neighbors(x: Tensor) -> Tensor:

@@ -129,8 +129,9 @@ class TVEBackboneTrunk(TVEBackboneReader):
     showing only one leaves it near that of the empty image. Both differences start at zero. This trunk is not in the
     paper, whose explainer reads pixels only.
 
-    For random backgrounds it predicts phi_z and, as a mean over the patches, how far base is from what it would be if
-    the embedding changed evenly from G(empty image) to G(x); both start at zero too. Where G(x) is the mean of a
+    For random backgrounds it predicts N phi_z, so that a step of the optimiser moves what all patches add together as
+    far as base, and, as a mean over the patches, how far base is from what it would be if the embedding changed evenly
+    from G(empty image) to G(x); both start at zero too. Where G(x) is the mean of a
     feature map A, phi_z is predicted as a difference from what the positions in z add to it, each dimension of
     (A_z - G(empty image)) / N scaled by itself.
     """
@@ -166,6 +167,7 @@ class TVEBackboneTrunk(TVEBackboneReader):
         hidden, embeddings = self.read(pixel_values, features, embeddings, patch_idx)
         if self.config.backgrounds == "random":
             phi, base_change = self.differences(hidden).chunk(2, dim=-1)  # 2 x (B, k, D)
+            phi = phi / self.config.num_patches
             if self.pooled is not None and features is not None:
                 phi = phi + self.shares(features[self.pooled])
             evenly = torch.lerp(self.empty_embedding, embeddings.to(self.empty_embedding.dtype), self.keep_prob)
