@@ -14,7 +14,7 @@ release = version = tve_hf.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "commands", "links"]
 exclude_patterns = ["_*", "comparison/**"]
-smartquotes = False
+smartquotes_action = "D"  # dashes alone: who copies a quoted pattern needs its quotes
 myst_heading_anchors = 3
 highlight_language = "none"
 
@@ -27,8 +27,6 @@ add_module_names = False
 
 html_theme = "furo"
 html_title = "tve_hf"
-html_static_path = ["_static"]
-html_css_files = ["site.css"]
 html_theme_options = {
     "source_repository": "https://github.com/tve-hf/tve_hf/",
     "source_branch": "main",

@@ -1,6 +1,7 @@
 """The directive `commands`: every command of tve-hf with every option, as its own parser describes them."""
 
 import argparse
+import re
 from typing import Any
 from unittest.mock import patch
 
@@ -47,7 +48,8 @@ def _meaning(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     default = action.default
     said = "default" in text or default in (None, False, argparse.SUPPRESS) or default == []
     needed = " Required." if action.required and action.option_strings else ""
-    return text + ("" if said else f" (default: {default})") + needed
+    text = text + ("" if said else f" (default: {default})") + needed
+    return re.sub(r"(?<![\w`-])--[\w-]+", r"`\g<0>`", text).replace("*", r"\*")
 
 
 def markdown(name: str) -> list[str]:
