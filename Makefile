@@ -59,7 +59,7 @@ docs: install
 
 # The pages of docs/, with the references from docstrings and parsers: open build/site/index.html.
 site: install
-	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env docs build/site
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env -d build/doctrees docs build/site
 
 dist: install
 	$(BIN)/pip install --quiet build
