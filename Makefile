@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 EXTRAS_VENV ?= .venv-extras
 
-.PHONY: install demo check test test-slow test-extras timm-table docs dist
+.PHONY: install demo check test test-slow test-extras timm-table docs site dist
 
 install: $(VENV)/.installed
 
@@ -47,6 +47,7 @@ $(EXTRAS_VENV)/.installed: pyproject.toml
 
 test-extras: $(EXTRAS_VENV)/.installed
 	$(EXTRAS_VENV)/bin/python -m pytest -n auto tests/classifiers/test_timm.py tests/classifiers/test_every_class.py -k timm
+	$(EXTRAS_VENV)/bin/python -m pytest tests/test_readme.py -k 'python and your_model'
 	$(EXTRAS_VENV)/bin/python -m pytest -m slow tests/pretrain/test_launch.py
 
 timm-table: $(EXTRAS_VENV)/.installed
@@ -55,6 +56,10 @@ timm-table: $(EXTRAS_VENV)/.installed
 # Every code block of README, of the other documents and of the cards.
 docs: install
 	$(BIN)/python -m pytest tests/test_readme.py tests/hub/test_model_card.py tests/test_checkpoints.py
+
+# The pages of docs/, with the references from docstrings and parsers: open build/site/index.html.
+site: install
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env -d build/doctrees docs build/site
 
 dist: install
 	$(BIN)/pip install --quiet build

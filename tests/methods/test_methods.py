@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny import make_shapley_explainer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from tve_hf import methods
@@ -431,6 +433,35 @@ def test_random_scores_follow_the_generator_and_look_normal(shared_model, images
     assert not torch.equal(draw(0), draw(1))
     assert abs(draw(0).mean()) < 5 / math.sqrt(4000)
     assert abs(draw(0).std() - 1) < 5 / math.sqrt(2 * 4000)
+
+
+class Doubles(TorchDispatchMode):
+    """Counts the results of operations that are in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.number += sum(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result))
+        return result
+
+
+@pytest.mark.parametrize("name", ["tve", "exact", "occlusion", "rise", "kernel_shap", "ig", "grad_cam", "legrad"])
+def test_nothing_is_computed_in_double_precision(shared_model, images, randomized, name) -> None:
+    """Which some devices do not have."""
+    classifier = split_classifier(shared_model("vit"))
+    options = _options(name, classifier, randomized)
+    with Doubles() as doubles:
+        methods.explain(name, classifier, images(2, 32), CLASS_IDX, 4, **options)
+    assert doubles.number == 0
+
+
+def test_doubles_are_counted() -> None:
+    with Doubles() as doubles:
+        torch.ones(2).double()
+    assert doubles.number == 1
 
 
 def test_few_samples_are_not_spread_over_many_patches(randomized, images) -> None:

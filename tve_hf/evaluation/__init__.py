@@ -1,6 +1,6 @@
 """Judge maps beyond fidelity: perturbation, localisation, sanity checks, statistics, and the report of them all.
 
-`perturbation` and `localization` are functions here, as README uses them, and modules for what they hold besides:
+`perturbation` and `localization` are functions here, as in docs/judge.md, and modules for what they hold besides:
 `from tve_hf.evaluation.perturbation import Perturbation`.
 """
 
