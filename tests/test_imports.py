@@ -24,12 +24,14 @@ FOLDERS = [
     "metrics",
     "benchmark",
     "hub",
+    "export",
     "pretrain",
     "cli",
 ]
 MAX_LINES, MAX_TOP_LEVEL = 300, 30
 # Extras, and what they bring along: never needed to explain an image.
-HEAVY = ["accelerate", "captum", "datasets", "evaluate", "gradio", "matplotlib", "peft", "skimage", "sklearn", "timm"]
+HEAVY = ["accelerate", "captum", "datasets", "evaluate", "gradio", "matplotlib", "onnx", "onnxruntime", "onnxscript"]
+HEAVY += ["peft", "skimage", "sklearn", "timm"]
 # What is all about an extra; `evaluate` loads those of `metrics` from their folders, each by itself.
 TRAINING = {"benchmark", "metrics", "pretrain", "sources.py"}
 
@@ -132,7 +134,7 @@ print(json.dumps({"loaded": loaded, "own": own, "missing": public, "task": tasks
     assert not set(found["loaded"]) & set(HEAVY)  # but what transformers itself imports
     assert "tve_hf" in found["loaded"]
     own = {name.removeprefix("tve_hf.") for name in found["own"]}
-    assert not {name.partition(".")[0] for name in own} & {"pretrain", "benchmark", "hub", "cli"}
+    assert not {name.partition(".")[0] for name in own} & {"pretrain", "benchmark", "hub", "export", "cli"}
     assert not any(name.startswith("methods.") for name in own)  # each is imported when it is asked for
     assert found["missing"] == []
     assert found["task"]

@@ -292,7 +292,7 @@ class Backbone(nn.Module):
             layout = self.layout_of(name, output, pixel_values)
             if layout is None:
                 return
-            feature = layout.as_map(layout.tensor_in(output, len(pixel_values)), *pixel_values.shape[-2:])
+            feature = layout.as_map(layout.tensor_in(output, pixel_values.shape[0]), *pixel_values.shape[-2:])
             if feature is not None:
                 features[name] = feature.to(pixel_values.device)
 

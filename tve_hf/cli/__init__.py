@@ -1,4 +1,4 @@
-"""The command line: tve-hf explain | info | pretrain | evaluate | card | push.
+"""The command line: tve-hf explain | info | pretrain | evaluate | card | push | export.
 
 Each command also reads arguments from files, one a line: `tve-hf pretrain @recipe.args --classifier ...`.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from ..messages import REPORT, is_expected, message
 from .explain import explain
+from .export import export
 from .hub import card, info, push
 from .parser import INTERRUPTED, NOBODY_READS, VERSION
 from .training import evaluate, pretrain
@@ -20,6 +21,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "card": card,
     "push": push,
+    "export": export,
 }
 
 
