@@ -25,13 +25,14 @@ FOLDERS = [
     "benchmark",
     "hub",
     "pretrain",
+    "bulk",
     "cli",
 ]
 MAX_LINES, MAX_TOP_LEVEL = 300, 30
 # Extras, and what they bring along: never needed to explain an image.
 HEAVY = ["accelerate", "captum", "datasets", "evaluate", "gradio", "matplotlib", "peft", "skimage", "sklearn", "timm"]
 # What is all about an extra; `evaluate` loads those of `metrics` from their folders, each by itself.
-TRAINING = {"benchmark", "metrics", "pretrain", "sources.py"}
+TRAINING = {"benchmark", "bulk", "metrics", "pretrain", "sources.py"}
 
 
 def imported_names(path: Path) -> list[str]:
