@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
 import pyarrow.parquet as pq
 import pytest
 from interruptions import at_call, die, fill_disk, in_a_fork
-from tiny import save_noise
+from tiny import noise_image, save_noise
 
 from tve_hf.bulk import run, shards
 from tve_hf.cli import main
@@ -53,10 +54,10 @@ def test_a_data_set_becomes_shards_that_datasets_loads_back(arguments, tmp_path,
     assert len([*(tmp_path / "out" / "data").iterdir()]) == 3
 
 
-def test_a_folder_with_a_bad_image(pair, arguments, tmp_path, capsys):
+def test_a_folder_with_a_bad_image(arguments, tmp_path, capsys):
     (tmp_path / "photos" / "below").mkdir(parents=True)
     for place in ("a.png", "below/b.png"):
-        save_image(tmp_path / "photos" / place)
+        noise_image(1).save(tmp_path / "photos" / place)
     (tmp_path / "photos" / "c.png").write_bytes(b"no image")
     arguments[2] = str(tmp_path / "photos")
     assert main(arguments) == 0
@@ -64,12 +65,6 @@ def test_a_folder_with_a_bad_image(pair, arguments, tmp_path, capsys):
     rows = datasets.load_dataset(str(tmp_path / "out"), split="train")
     assert [Path(name).name for name in rows["image"]] == ["a.png", "b.png", "c.png"]
     assert [bool(error) for error in rows["error"]] == [False, False, True] and "c.png" in rows["error"][2]
-
-
-def save_image(path):
-    from tiny import noise_image
-
-    noise_image(1).save(path)
 
 
 def test_the_same_command_goes_on(arguments, tmp_path, capsys, monkeypatch):
@@ -160,20 +155,27 @@ def test_processes_share_the_work(arguments, tmp_path, monkeypatch, capsys, stre
     assert "goes on after 10 images" in capsys.readouterr().out
 
 
+def kill(launcher: int) -> None:
+    """End a launcher and the processes that it started, which have sessions of their own."""
+    started = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    for process in (launcher, *map(int, started)):
+        os.kill(process, signal.SIGKILL)
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
 def test_launched_by_accelerate_and_killed(arguments, tmp_path):
-    """Two real processes, all of which SIGKILL ends in the middle."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tve_hf"]
+    """Two real processes, both of which SIGKILL ends in the middle."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    launch += ["--config_file", str(ROOT / "examples" / "accelerate" / "ddp.yaml"), "-m", "tve_hf"]
     own = {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "true"}
     command = [*launch, *arguments, "--shard-size", "1", "--batch-size", "1"]
-    process = subprocess.Popen(command, env=os.environ | own, start_new_session=True, stderr=subprocess.PIPE)
-    while process.poll() is None and not ids(tmp_path / "out"):
-        pass
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    done = ids(tmp_path / "out")
-    assert 0 < len(done) <= NUMBER
+    with subprocess.Popen(command, env=os.environ | own, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not ids(tmp_path / "out"):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
+        kill(process.pid)
+    assert ids(tmp_path / "out")
     result = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "Process 0 of 2: " in result.stdout and "Process 1 of 2: " in result.stdout

@@ -36,7 +36,7 @@ def explain(arguments: list[str]) -> int:
     options = {name: getattr(args, name) for name in PIPELINE_OPTIONS if getattr(args, name) is not None}
     options |= ({"smooth": False} if args.blocky else {}) | ({"max_size": None} if args.full_size else {})
     with _hushed(args.quiet), _stopped_by_terminate():
-        run = DataSetRun(args) if args.dataset_name or args.data_files else _Run(args)
+        run = DataSetRun(args) if args.dataset_name or args.data_files else PictureRun(args)
         with _without_bars():
             explainer = load_pipeline(args.model, args.classifier, args.device, args.dtype, options)
         if explainer.has_explainer and not (args.json or args.quiet or args.method):
@@ -115,7 +115,7 @@ def _stopped_by_terminate() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Run:
+class PictureRun:
     """Explain all images, and say what became of each, in their order."""
 
     def __init__(self, args: argparse.Namespace):
