@@ -2,8 +2,8 @@
 
     python benchmarks/bulk.py IMAGES [--classifier NAME --model NAME] [--num_images 2000] [--repeats 3]
 
-reads a folder of images, or parquet files, and prints JSON. In each round all ways take turns on the same images, after
-the models were loaded, and each is compared with the others of its round:
+reads a folder of images, or parquet files, and prints JSON. In each round all ways take turns on the same images, with
+the models loaded before, and each is compared with the others of its round:
 
 - `predict`: the classifier's bare calls on batches that the bulk's loader decodes and processes ahead;
 - `model`: the same, with the explainer and the transfer: maps that nobody keeps;
@@ -40,9 +40,7 @@ from tve_hf.cli.options import options_of
 from tve_hf.sources import Images, open_images, read_image
 
 
-def ways_of(
-    explainer: Any, images: Images, files: list[str], batch_size: int
-) -> dict[str, Callable[[Path], Any]]:
+def ways_of(explainer: Any, images: Images, files: list[str], batch_size: int) -> dict[str, Callable[[Path], Any]]:
     """What is timed: each takes a new folder to write in."""
     work = Work(images, 1000)
 

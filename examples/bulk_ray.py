@@ -17,7 +17,6 @@ from typing import Any
 import pyarrow as pa
 from transformers import pipeline
 
-import tve_hf
 from tve_hf.bulk.ahead import num_workers
 from tve_hf.bulk.card import render
 from tve_hf.bulk.run import explained, prepared_batches
@@ -29,7 +28,6 @@ class ExplainBatch:
     """Turn a batch of files, {"bytes", "path"}, into rows of maps; each worker loads the models once."""
 
     def __init__(self, **models: Any):
-        tve_hf.__version__  # imported, which registers the task
         self.explainer = pipeline("transferable-attribution", **models)
         self.pool = ThreadPoolExecutor(num_workers())
 

@@ -121,7 +121,7 @@ def test_other_settings_damage_and_a_full_disk_end_in_one_sentence_and_leave_the
     assert main(arguments) == 0
     shards_before = {file: file.read_bytes() for file in (tmp_path / "out" / "data").iterdir()}
     capsys.readouterr()
-    for more, said in ((["--rule", "logit"], "(rule was "), (["--shard-size", "5"], "(asked_shard_size was 4 and is 5")):
+    for more, said in ((["--rule", "logit"], "(rule was "), (["--shard-size", "5"], "(shard_size was 4 and is 5")):
         assert main([*arguments, *more]) == 1
         assert f"was begun with other settings {said}" in capsys.readouterr().err
     first, second, _ = sorted(shards_before)
@@ -139,19 +139,20 @@ def test_other_settings_damage_and_a_full_disk_end_in_one_sentence_and_leave_the
     assert main(arguments) == 0 and ids(tmp_path / "out") == [str(number) for number in range(NUMBER)]
 
 
-@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
-def test_processes_share_the_work(arguments, tmp_path, monkeypatch, capsys, streaming):
-    """As `accelerate launch` starts them, one after the other; the last with the folder begun."""
+@pytest.mark.parametrize("more", [["--shard-size", "9"], ["--streaming"]])
+def test_processes_share_the_work(arguments, tmp_path, monkeypatch, capsys, more):
+    """As `accelerate launch` starts them, one after the other; then one alone goes on with the same shards."""
+    arguments += more
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in ("1", "0", "2"):
         monkeypatch.setenv("RANK", rank)
         before = len(ids(tmp_path / "out"))
-        assert main([*arguments, *streaming]) == 0
+        assert main(arguments) == 0
         assert f"Process {rank} of 3: " in capsys.readouterr().out and before < len(ids(tmp_path / "out")) < 11
     assert sorted(map(int, ids(tmp_path / "out"))) == [*range(NUMBER)]
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
-    assert main([*arguments, *streaming]) == 0
+    assert main(arguments) == 0
     assert "goes on after 10 images" in capsys.readouterr().out
 
 

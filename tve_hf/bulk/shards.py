@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from datasets import Features, List, Value
 
 from ..files import dumps, write_whole, writing_to
+from ..inputs import shown
 from .work import Unit
 
 SETTINGS = "settings.json"
@@ -150,7 +151,8 @@ def read_settings(path: Path) -> dict[str, Any] | None:
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """What differs between two settings, in words; None if nothing does."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names) or None
+    said = [f"{name} was {shown(before.get(name))} and is {shown(now.get(name))}" for name in names[:3]]
+    return ", ".join(said + [f"{len(names) - 3} more"] * (len(names) > 3)) or None
 
 
 def _unit_of(file: Path) -> Unit:

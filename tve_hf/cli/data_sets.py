@@ -7,8 +7,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..attribution import rule_of
+from ..classifiers.wrapped import named_weights
 from ..fingerprint import fingerprint
 from .options import PIPELINE_OPTIONS
 
@@ -56,9 +58,9 @@ class DataSetRun:
         args, is_main = self.args, self.process.rank == 0
         begun = read_settings(args.output) or {}
         # A run that goes on may have other processes than the one that began, but has the same shards.
-        same = begun.get("images") == self.images.number and begun.get("asked_shard_size") == args.shard_size
-        size = begun["shard_size"] if same else shard_size_for(self.images, args.shard_size, self.process.world)
-        settings = self._settings(explainer) | {"asked_shard_size": args.shard_size, "shard_size": size}
+        same = begun.get("num_images") == self.images.number and begun.get("shard_size") == args.shard_size
+        size = begun["images_per_shard"] if same else shard_size_for(self.images, args.shard_size, self.process.world)
+        settings = self._settings(explainer) | {"shard_size": args.shard_size, "images_per_shard": size}
         folder = Folder(args.output, settings, render(args.output, settings, explainer.quality), is_main)
         work = Work(self.images, size, self.process)
         with lock_folder(args.output) if is_main else nullcontext():
@@ -84,11 +86,11 @@ class DataSetRun:
             "dataset_config": args.dataset_config,
             "image_column": self.images.column,
             "streaming": args.streaming,
-            "images": self.images.number,
+            "num_images": self.images.number,
             "classifier": explainer.classifier.name,
-            "classifier_fingerprint": fingerprint(explainer.classifier.parameters()),
+            "classifier_fingerprint": _fingerprint(explainer.classifier.backbone.model),
             "explainer": explainer.model.name_or_path if by_explainer else None,
-            "explainer_fingerprint": fingerprint(explainer.model.parameters()) if by_explainer else None,
+            "explainer_fingerprint": _fingerprint(explainer.model) if by_explainer else None,
             "dtype": str(explainer.classifier.dtype),
             "method": "tve" if by_explainer else explainer._forward_params["method"],
             "rule": rule,
@@ -116,6 +118,10 @@ class DataSetRun:
                 f"datasets.load_dataset({str(self.args.output)!r}) reads them."
             )
         return 0
+
+
+def _fingerprint(model: nn.Module) -> str:
+    return fingerprint(weight for _, weight in named_weights(model))
 
 
 def _own_device() -> str:
