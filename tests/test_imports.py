@@ -26,6 +26,7 @@ FOLDERS = [
     "hub",
     "export",
     "pretrain",
+    "bulk",
     "cli",
 ]
 MAX_LINES, MAX_TOP_LEVEL = 300, 30
@@ -33,7 +34,7 @@ MAX_LINES, MAX_TOP_LEVEL = 300, 30
 HEAVY = ["accelerate", "captum", "datasets", "evaluate", "gradio", "matplotlib", "onnx", "onnxruntime", "onnxscript"]
 HEAVY += ["peft", "skimage", "sklearn", "timm"]
 # What is all about an extra; `evaluate` loads those of `metrics` from their folders, each by itself.
-TRAINING = {"benchmark", "metrics", "pretrain", "sources.py"}
+TRAINING = {"benchmark", "bulk", "metrics", "pretrain", "sources.py"}
 
 
 def imported_names(path: Path) -> list[str]:

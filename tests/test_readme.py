@@ -115,8 +115,8 @@ class Parsed(Exception):
     """Raised in the place of what a script would do with its arguments."""
 
 
-def parse_only(script: str, arguments: list[str]) -> None:
-    """Run a script up to where it has parsed its arguments."""
+def parse_only(script: str, arguments: list[str], is_module: bool = False) -> None:
+    """Run a script, or a module, up to where it has parsed its arguments."""
 
     def stopping(real: Callable) -> Callable:
         def parse(*args, **kwargs):
@@ -133,7 +133,10 @@ def parse_only(script: str, arguments: list[str]) -> None:
             patch.setattr(parser, method, stopping(getattr(parser, method)))
         patch.setattr(sys, "argv", [script, *arguments])
         with pytest.raises(Parsed):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            if is_module:
+                runpy.run_module(script, run_name="__main__")
+            else:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def make(*targets: str) -> None:
@@ -153,7 +156,7 @@ def accelerate(command: str, *arguments: str) -> None:
     args = launch_command_parser().parse_args(arguments)
     load_config_from_file(str(ROOT / args.config_file))
     if args.training_script_args != ["..."]:  # as above, say the documents
-        parse_only(args.training_script, args.training_script_args)
+        parse_only(args.training_script, args.training_script_args, args.module)
 
 
 def bash(script: str, *arguments: str) -> None:

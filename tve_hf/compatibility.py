@@ -257,7 +257,7 @@ def quality_in_words(quality: dict[str, float | int] | None) -> str:
     return f"On {quality['num_images']} held-out images the explainer {_told(quality)}{poor}."
 
 
-def _judged(quality: dict[str, float | int]) -> dict[str, float]:
+def measures_of(quality: dict[str, float | int]) -> dict[str, float]:
     """The numbers that an explainer is judged by, named as in `_LEAST`, as far as they were measured."""
     main = "logit_r2" if "embedding_r2" in quality else "spearman"  # of random backgrounds, of antithetical states
     found: dict[str, float] = {main: quality[main]} if main in quality else {}
@@ -268,13 +268,13 @@ def _judged(quality: dict[str, float | int]) -> dict[str, float]:
 
 
 def _is_poor(quality: dict[str, float | int]) -> bool:
-    found = _judged(quality)
+    found = measures_of(quality)
     return not found.keys() - {"share of fidelity"} or any(value < _LEAST[name] for name, value in found.items())
 
 
 def _told(quality: dict[str, float | int]) -> str:
     """The numbers that an explainer is judged by, as clauses about it."""
-    judged, clauses = {name: max(0.0, value) for name, value in _judged(quality).items()}, []
+    judged, clauses = {name: max(0.0, value) for name, value in measures_of(quality).items()}, []
     if "logit_r2" in judged:
         clauses.append(f"accounts for {judged['logit_r2']:.0%} of what masking does to the class's logit (median)")
     elif "spearman" in judged:

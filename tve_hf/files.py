@@ -1,12 +1,33 @@
 """Write files that are whole or absent, and JSON that every parser reads, although JSON has no NaN and no infinity."""
 
+import errno
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+class Unwritable(OSError):
+    """Results cannot be written, whatever they are."""
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Say in a sentence why a folder takes no results, in a with-block that writes there.
+
+    Raises:
+        Unwritable: In place of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        remedy = "free some" if error.errno == errno.ENOSPC else "check it"
+        raise Unwritable(f"{folder} takes no results ({reason}): {remedy}, or pass another --output.") from error
 
 
 def write_whole(path: Path, save: Callable[[Path], Any]) -> None:

@@ -1,7 +1,7 @@
 """Decoding ahead: in order, bounded, and one bad image leaves the others of its batch."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePath
 
 import pytest
@@ -42,7 +42,7 @@ def test_what_waits_is_bounded_by_number_and_by_pixels(monkeypatch, side, at_mos
     class Now:
         def submit(self, function, image):
             begun.append(image)
-            done = ahead.Future()
+            done = Future()
             done.set_result(Image.new("1", (side, side)))
             return done
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from tve_hf.cli.inputs import Source, from_file
-from tve_hf.cli.outputs import Unwritable, check_folder, places_of, save
+from tve_hf.cli.outputs import check_folder, places_of, save
+from tve_hf.files import Unwritable
 
 
 def sources(*paths):

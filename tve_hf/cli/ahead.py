@@ -1,25 +1,18 @@
-"""Images decoded ahead of the model and results written behind it, in threads, with bounded memory."""
+"""Images decoded ahead of the model, in batches, with bounded memory; and their explanations or errors."""
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
+from ..bulk.ahead import ahead
 from ..images import load_image
 from .inputs import Source
 
 # Decoded pixels that wait for the model, and those of a batch: 3 bytes each, 64 photographs of a megapixel.
 _MAX_PIXELS = 64 * 10**6
-
-
-def num_workers() -> int:
-    """Threads to decode and write in: one for each core of this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, cores)
 
 
 @dataclass(frozen=True)
@@ -39,21 +32,13 @@ def decoded(pool: Executor, sources: Iterable[Source], number: int) -> Iterator[
         sources: the images.
         number: of images to have ready, at most.
     """
-    waiting: deque[tuple[int, Source, Future]] = deque()
-    remaining = enumerate(sources)
+    found = ahead(pool, lambda source: _read(source.image), sources, number, _pixels, _MAX_PIXELS)
+    for index, (source, picture) in enumerate(found):
+        yield Item(index, source, picture)
 
-    def is_room() -> bool:
-        done = (future.result() for _, _, future in waiting if future.done())
-        pixels = sum(picture.width * picture.height for picture in done if isinstance(picture, Image.Image))
-        return len(waiting) < number and pixels < _MAX_PIXELS
 
-    while True:
-        while is_room() and (following := next(remaining, None)):
-            waiting.append((*following, pool.submit(_read, following[1].image)))
-        if not waiting:
-            return
-        index, source, future = waiting.popleft()
-        yield Item(index, source, future.result())
+def _pixels(picture: Image.Image | Exception) -> int:
+    return picture.width * picture.height if isinstance(picture, Image.Image) else 0
 
 
 def _read(image: Any) -> Image.Image | Exception:
@@ -74,7 +59,7 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     pixels = 0
     for item in items:
         batch.append(item)
-        pixels += item.picture.width * item.picture.height if isinstance(item.picture, Image.Image) else 0
+        pixels += _pixels(item.picture)
         if len(batch) == size or pixels >= _MAX_PIXELS:
             yield batch
             batch, pixels = [], 0

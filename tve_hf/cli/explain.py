@@ -7,121 +7,50 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, NoReturn
 
+from ..bulk.ahead import num_workers
 from ..compatibility import quality_in_words
-from ..files import dumps
+from ..files import Unwritable, dumps
 from ..messages import message, verified
-from .ahead import Item, batches, decoded, explained, num_workers
+from .ahead import Item, batches, decoded, explained
+from .data_sets import DataSetRun
 from .inputs import Source, sources_of
 from .models import load_pipeline, without_warnings
-from .outputs import Unwritable, check_folder, places_of, save
-from .parser import INTERRUPTED, TERMINATED, parser_of
-
-_BATCH_SIZE = 16
-# Arguments of the pipeline, which it checks and describes.
-_OPTIONS = (
-    *("label", "class_idx", "top_k", "rule", "method", "verify", "refine"),
-    *("candidate_labels", "hypothesis_template"),
-)
-
-
-def _options() -> argparse.ArgumentParser:
-    parser = parser_of(explain)
-    parser.add_argument(
-        "images",
-        nargs="*",
-        metavar="IMAGE",
-        help="path, URL, folder or quoted pattern such as 'photos/**/*.jpg'; - for an image on standard input; an "
-        "example photograph if none",
-    )
-    parser.add_argument(
-        "--images-from",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="also explain what this file lists, one IMAGE a line; - for a list on standard input",
-    )
-    parser.add_argument("--classifier", help="name or folder of an image classifier; the shipped one by default")
-    parser.add_argument(
-        "--model",
-        help="name or folder of an explainer of its backbone; one that fits by default. A folder that tve-hf pretrain "
-        "wrote knows its classifier",
-    )
-    parser.add_argument("--method", metavar="NAME", help="explain by this method, such as grad_cam; needs no --model")
-    parser.add_argument("--label", action="append", help="explain this class instead of the predicted one; repeatable")
-    parser.add_argument(
-        "--class-idx", action="append", type=int, metavar="N", help="explain the class of this number; repeatable"
-    )
-    parser.add_argument("--top-k", type=int, metavar="K", help="explain the k most probable classes")
-    parser.add_argument(
-        "--candidate-labels", nargs="+", metavar="LABEL", help="classes of a zero-shot classifier, such as CLIP"
-    )
-    parser.add_argument(
-        "--hypothesis-template",
-        nargs="+",
-        metavar="TEXT",
-        help='what they are put in; default "This is a photo of {}."',
-    )
-    parser.add_argument("--rule", metavar="NAME", help="how embeddings become scores; the explainer's by default")
-    parser.add_argument("--verify", type=int, metavar="N", help="compare with N random patches, or masked passes")
-    parser.add_argument("--refine", type=int, metavar="N", help="correct the map by N masked passes")
-    parser.add_argument("--device", help="where to compute: cpu, cuda, cuda:1, mps, or the number of a GPU")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the models; as they are saved by default"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=_BATCH_SIZE, metavar="N", help=f"images at a time; default {_BATCH_SIZE}"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("explanations"),
-        metavar="DIR",
-        help="where photo.tve.png and photo.tve.json go; default explanations",
-    )
-    parser.add_argument("--plain", action="store_true", help="pictures without any text, of the photograph's size")
-    parser.add_argument("--blocky", action="store_true", help="draw each patch as a block, not smoothed")
-    parser.add_argument("--full-size", action="store_true", help="draw large photographs in full, not reduced")
-    parser.add_argument("--json", action="store_true", help="print one JSON line for each image instead of text")
-    parser.add_argument("--quiet", action="store_true", help="print errors alone, and JSON if asked for")
-    return parser
+from .options import PIPELINE_OPTIONS, options_of
+from .outputs import check_folder, places_of, save
+from .parser import INTERRUPTED, TERMINATED
 
 
 def explain(arguments: list[str]) -> int:
-    """Explain images: one picture for each class and one JSON with the raw maps for each image."""
-    args = _options().parse_args(arguments)
+    """Explain images, by a picture for each class and a JSON with the raw maps; or a data set, by shards of maps."""
+    args = options_of(explain).parse_args(arguments)
     start = time.perf_counter()
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}; give at least 1.")
     check_folder(args.output)
-    sources = sources_of(args.images, args.images_from) or [_example()]
-    places = places_of(args.output, sources)
-    options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in PIPELINE_OPTIONS if getattr(args, name) is not None}
     options |= ({"smooth": False} if args.blocky else {}) | ({"max_size": None} if args.full_size else {})
     with _hushed(args.quiet), _stopped_by_terminate():
+        run = DataSetRun(args) if args.dataset_name or args.data_files else PictureRun(args)
         with _without_bars():
             explainer = load_pipeline(args.model, args.classifier, args.device, args.dtype, options)
         if explainer.has_explainer and not (args.json or args.quiet or args.method):
             print(quality_in_words(explainer.quality))
-        run = _Run(args, explainer, sources, places)
         try:
             with without_warnings("transformers.pipelines"):  # asks for one call on a GPU, where batches are as fast
-                run.go()
+                run.go(explainer)
         except Unwritable as error:
             print(message(error, full=args.traceback), file=sys.stderr)
             return run.stopped(1)
         except KeyboardInterrupt as stop:
             print("tve-hf: interrupted.", file=sys.stderr)
             return run.stopped(TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED)
-    if not (args.json or args.quiet):
-        took = time.perf_counter() - start
-        print(f"{run.finished} of {len(sources)} images in {took:.2f} s, loading the models included")
-    return 0 if run.finished == len(sources) else 1
+    return run.ended(time.perf_counter() - start)
 
 
 def _example() -> Source:
@@ -186,15 +115,17 @@ def _stopped_by_terminate() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Run:
+class PictureRun:
     """Explain all images, and say what became of each, in their order."""
 
-    def __init__(self, args: argparse.Namespace, explainer: Any, sources: Sequence[Source], places: Sequence[Path]):
-        self.args, self.explainer, self.sources, self.places = args, explainer, sources, places
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.sources = sources_of(args.images, args.images_from) or [_example()]
+        self.places = places_of(args.output, self.sources)
         self.finished = 0
         self._behind: deque[tuple[Item, Future | Exception]] = deque()
 
-    def go(self) -> None:
+    def go(self, explainer: Any) -> None:
         """Raise Unwritable, KeyboardInterrupt or BrokenPipeError where that ends the run before its last image."""
         from tqdm.auto import tqdm
 
@@ -204,7 +135,7 @@ class _Run:
         try:
             with tqdm(total=len(self.sources), unit="image", disable=hidden) as self._bar:
                 for batch in batches(decoded(pool, self.sources, 2 * size), size):
-                    for item, outcome in zip(batch, explained(self.explainer, batch), strict=True):
+                    for item, outcome in zip(batch, explained(explainer, batch), strict=True):
                         self._behind.append((item, self._saving(pool, item, outcome)))
                     self._report(size)
                 self._report(0)
@@ -256,3 +187,9 @@ class _Run:
         """Say how far the run came, and return the exit code."""
         print(f"{self.finished} of {len(self.sources)} images are done; their files are whole.", file=sys.stderr)
         return code
+
+    def ended(self, seconds: float) -> int:
+        """Say how many images are explained, and return the exit code."""
+        if not (self.args.json or self.args.quiet):
+            print(f"{self.finished} of {len(self.sources)} images in {seconds:.2f} s, loading the models included")
+        return 0 if self.finished == len(self.sources) else 1

@@ -1,6 +1,5 @@
 """Where results go: `photo.tve.png` and `photo.tve.json`, never in the place of a file that is not the image's own."""
 
-import errno
 import hashlib
 import itertools
 import json
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import dumps, write_together
+from ..files import dumps, write_together, writing_to
 from .inputs import Source, location
 
 # What results are drawn as: no numbers, and drawn only when they are read.
@@ -23,10 +22,6 @@ _DRAWN = ("heatmap", "overlay", "figure")
 # Of zlib: a tenth larger than by default, written in a quarter of the time.
 _COMPRESSION = 1
 _RESULT = re.compile(r"(?P<stem>.+)\.tve(\.json|(\.\d+)?\.png)", re.DOTALL | re.IGNORECASE)
-
-
-class Unwritable(OSError):
-    """The results cannot be written, whatever the image."""
 
 
 def check_folder(folder: Path) -> None:
@@ -150,13 +145,9 @@ def save(source: Source, results: list[dict[str, Any]], place: Path, plain: bool
     # Last, for it says whose the others are.
     files[_with_ending(place, ".json")] = partial(Path.write_text, data=dumps(record) + "\n")
     before = _own_results(place, source.key)
-    try:
+    with writing_to(place.parent):
         place.parent.mkdir(parents=True, exist_ok=True)
         write_together(files)
         for stale in before - {path.name for path in files}:
             (place.parent / stale).unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        remedy = "free some" if error.errno == errno.ENOSPC else "check it"
-        raise Unwritable(f"{place.parent} takes no results ({reason}): {remedy}, or pass another --output.") from error
     return record

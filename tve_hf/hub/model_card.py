@@ -23,7 +23,7 @@ _CHELSEA = "https://raw.githubusercontent.com/tve-hf/tve_hf/main/docs/chelsea.pn
 _ORIGIN = " Fine-tuned from `{classifier}`, {classifier_license}."
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
     header, *body = rows
     lines = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -76,7 +76,7 @@ def _agreement(config: dict[str, Any], results: dict[str, dict[str, Any]]) -> st
         lines = [("classifier's accuracy", "accuracy", "{:.1%}"), *lines]
     for title, key, form in lines:
         rows.append([title, *(form.format(float(r["summary"][key])) for r in results.values())])
-    return _table(rows)
+    return table(rows)
 
 
 def _backgrounds(config: dict[str, Any]) -> str:
@@ -169,7 +169,7 @@ def _pretrained_values(folder: Path, config: dict[str, Any], results: dict[str, 
     if quality:
         rows = [[title, f"{float(quality[key]):.3f}"] for title, key in lines.items() if key in quality]
         rule = config.get("rule") or DEFAULT_RULES[_backgrounds(config)]
-        measured += f" At the end of its training, under the rule `{rule}`:\n\n{_table([['', 'held-out'], *rows])}"
+        measured += f" At the end of its training, under the rule `{rule}`:\n\n{table([['', 'held-out'], *rows])}"
     arguments = training["arguments"].items()
     settings = {name: value for name, value in arguments if name != "output_dir" and value not in (None, [], False, 0)}
     return _shape_values(config) | {

@@ -193,6 +193,7 @@ def _fonts(size: int) -> list[Font]:
     return fonts
 
 
+@cache  # or looking for a font takes most of the time of a figure
 def _has(font: Font, character: str) -> bool:
     """Whether a font draws a character otherwise than one that no font has."""
     if character == " ":
