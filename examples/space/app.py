@@ -151,25 +151,34 @@ def page() -> gr.Blocks:
         gr.on([ask.click, repository.submit], said(explained), asked, [answer, chosen, found], **one_at_a_time)
         changes = [answer.change, chosen.input]
         looks = [answer, chosen, opacity, sign, smooth]
-        gr.on([*changes, opacity.release, sign.input, smooth.input], draw, looks, picture)
+        latest: dict[str, Any] = {"trigger_mode": "always_last"}  # of a slider's moves, of which keys release none
+        gr.on([*changes, opacity.input, sign.input, smooth.input], draw, looks, picture, **latest)
         gr.on(changes, trust, [answer, chosen], words)
         gr.on(changes, files, [answer, chosen], [as_picture, as_map])
         gr.on(changes, lambda: "", outputs=others, queue=False)
-        gr.on([*changes, percent.release], said(remove), [answer, chosen, percent], [removed, fall], **one_at_a_time)
+        gr.on(
+            [*changes, percent.input],
+            said(remove),
+            [answer, chosen, percent],
+            [removed, fall],
+            **one_at_a_time,
+            **latest,
+        )
         rivals.click(said(compare), [answer, chosen], others, **one_at_a_time)
     return blocks.queue(max_size=MAX_WAITING)
 
 
-def main() -> None:
-    """Serve the page."""
+def main(**launching: Any) -> Any:
+    """Serve the page; what `launch` returns."""
     constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True  # a secret of the Space opens nothing for its visitors
-    page().launch(
+    return page().launch(
         max_file_size=MAX_FILE,
         state_session_capacity=MAX_VISITORS,
         show_error=False,
         theme=THEME,
         footer_links=[],
         run_history=False,
+        **launching,
     )
 
 

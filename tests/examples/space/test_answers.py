@@ -182,7 +182,17 @@ def test_a_slow_model_is_given_up_between_passes_and_serves_on(photo, monkeypatc
 
 @pytest.mark.parametrize(
     "repository",
-    ["", "vit", "../../etc/passwd", "/etc/passwd", "org/../vit", "http://10.0.0.1/vit", "org/vit/x", "org/vit\n", "~/x"],
+    [
+        "",
+        "vit",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "org/../vit",
+        "http://10.0.0.1/vit",
+        "org/vit/x",
+        "org/vit\n",
+        "~/x",
+    ],
 )
 def test_only_names_of_repositories_are_taken(photo, repository, tmp_path, monkeypatch):
     asked = pytest.raises(ValueError, match="no name of a repository|was not found|cannot be")
