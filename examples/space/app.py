@@ -6,6 +6,7 @@ pip install -r requirements.txt && python app.py
 import logging
 from collections.abc import Callable
 from functools import wraps
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ TITLE, DROP = "Why did this classifier say that?", "Drop an image file here to u
 # They come with scikit-image: the first two are CC0, the third is in the public domain.
 EXAMPLES = {"A cat": data.chelsea, "A coffee": data.coffee, "An astronaut": data.astronaut}
 
+ALERT = "color: #991b1b; background: #fef2f2; padding: 8px 12px; border-radius: 6px; overflow-wrap: anywhere"
 # The colours of Gradio's own theme have too little contrast for many.
 _SUBDUED = ("body_text_color_subdued", "block_info_text_color", "block_label_text_color", "block_title_text_color")
 THEME = gr.themes.Default().set(
@@ -59,7 +61,7 @@ def upload() -> gr.Image:
 
     async def move_files_alone(path: Any) -> str | None:
         if is_http_url_like(str(path)):
-            raise gr.Error("Addresses of images are not fetched; save the image and drop its file.", duration=None)
+            raise gr.Error("Addresses of images are not fetched; save the image and drop its file.")
         return await move(path)
 
     # On this one component: a subclass makes Gradio write a stub beside this file.
@@ -68,21 +70,23 @@ def upload() -> gr.Image:
     return image
 
 
-def said(function: Callable) -> Callable:
-    """Let what goes wrong be one sentence on the page, which stays until it is closed."""
+def said(function: Callable, number: int) -> Callable:
+    """Let what goes wrong be a sentence on the page: an output before the `number` of the function's own."""
 
     @wraps(function)
-    def speaking(first: Any, *others: Any) -> Any:
+    def speaking(first: Any, *others: Any) -> tuple:
         path = first.path if isinstance(first, Answer) else first
         try:
-            return function(first, *others)
+            found = function(first, *others)
         except Exception as error:  # a stranger's model may raise anything
             text = sentence(error)
             if not is_expected(error):
                 logger.exception("unexpected")
                 text = f"This model failed in a way that was not foreseen ({type(error).__name__}); try another."
             # A visitor knows the file by its name only.
-            raise gr.Error(text.replace(str(path), Path(str(path)).name), duration=None) from error
+            text = escape(text.replace(str(path), Path(str(path)).name))
+            return f'<p role="alert" style="{ALERT}">{text}</p>', *[gr.skip()] * number
+        return "", *(found if number > 1 else [found])
 
     return speaking
 
@@ -111,7 +115,7 @@ def page() -> gr.Blocks:
                 repository = gr.Textbox(CLIP, label="Name on the Hub", max_length=200, visible=False)
                 prompts = gr.Textbox("a cat\na dog", label="Prompts, one a line", lines=3, visible=False)
                 passes = gr.Slider(0, 200, 0, step=8, label="Masked passes that refine the map")
-                ask = gr.Button("Explain", variant="primary")
+                ask, unexplained = gr.Button("Explain", variant="primary"), gr.HTML()
             with gr.Column(min_width=300, scale=2):
                 chosen = gr.Radio([("none yet", 0)], value=0, label="Class to explain", visible=False)
                 with gr.Column(visible=False) as found:
@@ -130,12 +134,12 @@ def page() -> gr.Blocks:
                     percent = gr.Slider(
                         0, 100, 20, step=10, label="Percent of the patches to remove, most relevant first"
                     )
-                    fall, removed = gr.Markdown(), gr.HTML()
+                    unremoved, fall, removed = gr.HTML(), gr.Markdown(), gr.HTML()
                     gr.Markdown(
                         "## What do other methods say?\nThe fidelity gap says how much more the probability falls "
                         "without the most relevant patches than with nothing else; higher is better."
                     )
-                    rivals, others = gr.Button("Compare"), gr.HTML()
+                    rivals, uncompared, others = gr.Button("Compare"), gr.HTML(), gr.HTML()
 
         boxes = [shipped_name, repository, prompts]
         source.change(
@@ -148,23 +152,29 @@ def page() -> gr.Blocks:
         )
         one_at_a_time: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
         asked = [image, source, *boxes, passes]
-        gr.on([ask.click, repository.submit], said(explained), asked, [answer, chosen, found], **one_at_a_time)
+        gr.on(
+            [ask.click, repository.submit],
+            said(explained, 3),
+            asked,
+            [unexplained, answer, chosen, found],
+            **one_at_a_time,
+        )
         changes = [answer.change, chosen.input]
         looks = [answer, chosen, opacity, sign, smooth]
         latest: dict[str, Any] = {"trigger_mode": "always_last"}  # of a slider's moves, of which keys release none
         gr.on([*changes, opacity.input, sign.input, smooth.input], draw, looks, picture, **latest)
         gr.on(changes, trust, [answer, chosen], words)
         gr.on(changes, files, [answer, chosen], [as_picture, as_map])
-        gr.on(changes, lambda: "", outputs=others, queue=False)
+        gr.on(changes, lambda: ("", ""), outputs=[uncompared, others], queue=False)
         gr.on(
             [*changes, percent.input],
-            said(remove),
+            said(remove, 2),
             [answer, chosen, percent],
-            [removed, fall],
+            [unremoved, removed, fall],
             **one_at_a_time,
             **latest,
         )
-        rivals.click(said(compare), [answer, chosen], others, **one_at_a_time)
+        rivals.click(said(compare, 1), [answer, chosen], [uncompared, others], **one_at_a_time)
     return blocks.queue(max_size=MAX_WAITING)
 
 
