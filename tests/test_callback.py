@@ -2,7 +2,9 @@
 
 import copy
 import inspect
+import re
 from io import BytesIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    pipeline,
 )
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
@@ -165,3 +168,21 @@ def test_what_is_missing_is_said_before_training(trainer_of):
     trainer.processing_class = None
     with pytest.raises(ValueError, match="pass it one as processing_class="):
         tve_hf.ExplanationCallback(trainer, IMAGES)
+
+
+def test_the_document_runs_as_it_stands(trainer_of, capsys):
+    datasets = pytest.importorskip("datasets")
+    test_set = datasets.Dataset.from_dict(
+        {"image": IMAGES * 2}, features=datasets.Features({"image": datasets.Image()})
+    )
+    namespace = {"trainer": trainer_of(max_steps=2), "test_set": test_set, "tve_hf": tve_hf, "pipeline": pipeline}
+    text = (Path(__file__).parents[1] / "docs" / "loops.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(block, "docs/loops.md", "exec"), namespace)
+    assert "eval_fidelity_gap" in namespace["trainer"].state.log_history[-2]
+    found = namespace["test_set"]
+    for i, (expected,) in enumerate(namespace["explain"](IMAGES)):
+        for row in (i, i + len(IMAGES)):
+            np.testing.assert_allclose(found[row]["attribution"], expected["attribution"], atol=1e-5)
+            np.testing.assert_allclose(namespace["maps"][row], expected["attribution"], atol=1e-5)
+            assert found[row]["label"] == expected["label"]
