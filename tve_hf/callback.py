@@ -40,8 +40,8 @@ class ExplanationCallback(TrainerCallback):
     The class that the classifier predicts is explained. `eval_fidelity_gap`, the mean over the images, is among the
     metrics, so `metric_for_best_model` may name it, and in all of the Trainer's logs. A sheet of photographs and maps
     goes to TensorBoard, Weights & Biases and Trackio, whichever the Trainer reports to. The training is the same as
-    without it. Under data parallelism the first process explains; classifiers whose weights are shared out over
-    processes are not served.
+    without it. Under data parallelism every process explains, so that all agree on the metrics, and one logs;
+    classifiers whose weights are shared out over processes are not served.
 
     Args:
         trainer: whose model is explained, with its image processor as `processing_class`.
@@ -76,8 +76,6 @@ class ExplanationCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero:
-            return
         model = self.trainer.model
         was_training = model.training
         model.eval()
@@ -89,6 +87,8 @@ class ExplanationCallback(TrainerCallback):
         if metrics is not None:
             metrics.update(found)
         self.trainer.log(found)
+        if not state.is_world_process_zero:
+            return
         for callback in self.trainer.callback_handler.callbacks:
             for attribute, log in _TRACKERS.items():
                 if getattr(callback, attribute, None) is not None:
