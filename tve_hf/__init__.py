@@ -4,6 +4,8 @@ Importing this package registers `TVEConfig` and `TVEExplainer`, and the rival `
 with transformers' Auto classes, and the pipeline task "transferable-attribution".
 """
 
+from typing import TYPE_CHECKING, Any
+
 from transformers import AutoConfig, AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -19,6 +21,9 @@ from .sampling import SampledMetaAttribution, sampled_meta_attribution
 from .verification import verify
 from .vit_shapley.configuration import ShapleyConfig
 from .vit_shapley.modeling import ShapleyExplainer, ShapleyExplainerOutput
+
+if TYPE_CHECKING:
+    from .callback import ExplanationCallback
 
 __version__ = "0.1.0"
 
@@ -37,6 +42,7 @@ PIPELINE_REGISTRY.register_pipeline(
 __all__ = [
     "DEFAULT_RULE",
     "RULES",
+    "ExplanationCallback",
     "Fidelity",
     "SampledMetaAttribution",
     "ShapleyConfig",
@@ -56,3 +62,11 @@ __all__ = [
     "transfer",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ExplanationCallback":  # for those who train: it loads the Trainer
+        from .callback import ExplanationCallback
+
+        return ExplanationCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ And of a verification.
 
 import dis
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _advice(error: Exception) -> str:
     return ""
 
 
-def verified(result: dict[str, Any]) -> str:
+def verified(result: Mapping[str, Any]) -> str:
     """What the verification of an explanation says, for people."""
     checked = result["verification"]
     if "r2" in checked:

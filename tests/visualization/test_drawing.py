@@ -1,7 +1,11 @@
 """Drawings against where things must lie, what colours must say, and results that draw only when they are asked."""
 
+import base64
 import copy
 import pickle
+import re
+from html.parser import HTMLParser
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -354,3 +358,35 @@ def test_gallery_refuses_what_does_not_fit():
         gallery([row], ["a", "b"])
     with pytest.raises(ValueError, match="2 row titles, got 1"):
         gallery([row, row], row_titles=["a"])
+
+
+# --- in notebooks ---------------------------------------------------------------------------------------------------
+
+
+def test_a_notebook_shows_the_picture_and_the_facts():
+    quality = {"logit_r2": 0.4556, "num_images": 32}
+    verification = {"num_coalitions": 64, "r2": 0.5, "r2_interval": (0.2, 0.7), "pearson": 0.8}
+    values = {"label": "tabby", "score": 0.123, "attribution": np.array([[-0.5, 0.25]])}
+    values |= {"method": "tve", "rule": "prob", "quality": quality, "verification": verification}
+    found = Explanation(values, Photograph(photo(64, 48)), "change of probability")
+    html = found._repr_html_()
+    (data,) = re.findall(r'src="data:image/jpeg;base64,([^"]*)"', html)
+    shown = Image.open(BytesIO(base64.b64decode(data)))
+    assert shown.size == found["overlay"].size
+    assert np.abs(np.asarray(shown).astype(int) - np.asarray(found["overlay"])).mean() < 20  # a JPEG of noise
+    text = re.sub(r"<[^>]*>", " ", html)
+    for fact in ("tabby, probability 12.3%", "tve, rule prob", "-0.5 to +0.25, change of probability; 1 x 2 patches"):
+        assert fact in text
+    assert "logit_r2 0.456, num_images 32" in text and "accounts for 50% (20% to 70%)" in text
+
+
+def test_a_label_is_text_in_html_whatever_it_holds():
+    values = {"label": '"><script>alert(1)</script>&', "score": 0.5, "attribution": np.ones((1, 1))}
+    html = Explanation(values, Photograph(photo(8, 8)))._repr_html_()
+    assert "<script" not in html and html.count("<img ") == 1
+    parsed = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: parsed.append((tag, dict(attrs).get("alt")))
+    parser.feed(html)
+    assert {tag for tag, _ in parsed} == {"div", "img", "table", "tr", "th", "td"}
+    assert any(alt and values["label"] in alt for _, alt in parsed)

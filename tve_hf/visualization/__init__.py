@@ -2,6 +2,7 @@
 
 from ..geometry import Region
 from .drawing import MAX_SIZE, Explanation, Photograph, color_limit, figure, heatmap, overlay
+from .html import picture_html
 from .sheet import gallery
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "gallery",
     "heatmap",
     "overlay",
+    "picture_html",
 ]

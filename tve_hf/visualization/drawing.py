@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..geometry import PatchMap, Region, covered_pixels
 from .colors import PALETTE, STEPS, ZERO
+from .html import explanation_html
 from .sheet import PANEL, Panel, sheet
 
 MAX_SIZE = 1600  # pixels of a picture's longer side
@@ -240,6 +241,9 @@ class Explanation(_Dict):
 
     def __ror__(self, other: Any) -> Any:
         return other | dict(self)
+
+    def _repr_html_(self) -> str:  # which notebooks show
+        return explanation_html(self, self.unit)
 
     def copy(self) -> "Explanation":
         return copy.copy(self)
