@@ -12,7 +12,8 @@ author = "the authors of tve_hf"
 copyright = f"2026, {author}"
 release = version = tve_hf.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "commands", "links"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions += ["docstrings", "commands", "links", "accessible"]  # of _extensions/
 exclude_patterns = ["_*", "comparison/**"]
 smartquotes_action = "D"  # dashes alone: who copies a quoted pattern needs its quotes
 myst_heading_anchors = 3
@@ -31,5 +32,6 @@ html_theme_options = {
     "source_repository": "https://github.com/tve-hf/tve_hf/",
     "source_branch": "main",
     "source_directory": "docs/",
+    "top_of_page_buttons": [],  # which stand outside of every landmark
 }
 html_copy_source = False

@@ -26,6 +26,7 @@ class Page(HTMLParser):
         self.loaded: list[str] = []
         self.ids: set[str] = set()
         self.images_without_text: list[str] = []
+        self.unlabelled: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -39,6 +40,10 @@ class Page(HTMLParser):
             self.loaded.append(given["href"])
         if tag == "img" and not given.get("alt"):
             self.images_without_text.append(given["src"])
+        needed = {"aside": "aria-label", "pre": "tabindex"}.get(tag)
+        needed = "aria-level" if given.get("role") == "heading" else needed
+        if needed is not None and needed not in given:
+            self.unlabelled.append(f"{tag} {given}")
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +97,9 @@ def test_search_knows_pages_names_and_options(site) -> None:
         assert wanted in index, wanted
 
 
-def test_pictures_are_described(pages) -> None:
+def test_pictures_are_described_and_landmarks_named(pages) -> None:
     assert not [page.images_without_text for page in pages.values() if page.images_without_text]
+    assert not [page.unlabelled for page in pages.values() if page.unlabelled]
 
 
 def test_every_public_name_is_in_the_reference(site, pages) -> None:
