@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from packaging.version import Version
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -16,6 +17,8 @@ from ..messages import sentence
 from .graph import OUTPUTS, ExplanationGraph
 from .metadata import CONFIG
 
+# The first whose translation to ONNX was tried and found right; that of 2.6 fails.
+TORCH = "2.13"
 # What a written file gives for pixel_values, in the order of `OUTPUTS`.
 Run = Callable[[np.ndarray], list[np.ndarray]]
 
@@ -39,6 +42,10 @@ def traced(graph: ExplanationGraph, pixel_values: torch.Tensor) -> ExportedProgr
 
 def check_onnx() -> None:
     """Raise ImportError, with what to install, where ONNX files cannot be made."""
+    if Version(torch.__version__) < Version(TORCH):
+        raise ImportError(
+            f"ONNX files need torch>={TORCH}, and this is {torch.__version__}; upgrade it, or export a .pt2."
+        )
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
