@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from packaging.version import Version
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,7 +41,7 @@ def traced(graph: ExplanationGraph, pixel_values: torch.Tensor) -> ExportedProgr
 
 def check_onnx() -> None:
     """Raise ImportError, with what to install, where ONNX files cannot be made."""
-    if Version(torch.__version__) < Version(TORCH):
+    if torch.__version__ < TORCH:
         raise ImportError(
             f"ONNX files need torch>={TORCH}, and this is {torch.__version__}; upgrade it, or export a .pt2."
         )
