@@ -29,7 +29,7 @@ def traced(graph: ExplanationGraph, pixel_values: torch.Tensor) -> ExportedProgr
         ValueError: If what it does depends on values, on the size of the batch, or on what is not torch's.
     """
     try:
-        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):  # torch prints what it could not trace
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # torch prints what it could not trace
             return torch.export.export(graph, (pixel_values,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
     except (RuntimeError, ValueError) as error:
         reason = sentence(error).split(". ")[0].rstrip(".")
