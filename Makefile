@@ -35,8 +35,9 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
-# timm, DeepSpeed, Gradio and browser tests in an environment of their own: the package neither needs nor excludes them. Of torchvision, which
-# timm asks for, the Python parts are enough, so the build need not fit torch: see tests/torchvision_ops.py.
+# timm, DeepSpeed, Gradio and a browser in an environment of their own: the package neither needs nor excludes them. Of
+# torchvision, which timm asks for, the Python parts are enough, so the build need not fit torch:
+# see tests/torchvision_ops.py.
 $(EXTRAS_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(EXTRAS_VENV)
 	$(EXTRAS_VENV)/bin/pip install --quiet torch==2.13.0

@@ -1,12 +1,7 @@
-"""Explain a photograph by what `tve-hf export` wrote; needs onnxruntime, pillow and numpy, and neither torch nor tve_hf.
+"""Explain a photograph by an ONNX file of `tve-hf export`, without torch: red supports the class, blue opposes it."""
 
-    python examples/explain_onnx.py model.onnx photo.jpg why.png
-
-Red supports the class, blue opposes it.
-"""
-
+import argparse
 import json
-import sys
 
 import numpy as np
 import onnxruntime
@@ -41,4 +36,7 @@ def main(model: str, photo: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("model", "photo", "output"):
+        parser.add_argument(name)
+    main(**vars(parser.parse_args()))

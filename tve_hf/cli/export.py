@@ -21,7 +21,9 @@ def export(arguments: list[str]) -> int:
         "--candidate-labels", nargs="+", metavar="LABEL", help="classes of a zero-shot classifier, such as CLIP"
     )
     parser.add_argument("--push-to-hub", action="store_true", help="upload it beside the weights of the explainer")
-    parser.add_argument("--hub-model-id", metavar="REPO_ID", help="repository to upload to; that of --model by default")
+    parser.add_argument(
+        "--hub-model-id", metavar="REPO_ID", help="repository to upload to; that of --model by default"
+    )
     args = parser.parse_args(arguments)
 
     from transformers.utils import logging

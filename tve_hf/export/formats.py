@@ -16,6 +16,8 @@ from ..messages import sentence
 from .graph import OUTPUTS, ExplanationGraph
 from .metadata import CONFIG
 
+# The first whose translation to ONNX was tried and found right; that of 2.6 fails.
+TORCH = "2.13"
 # What a written file gives for pixel_values, in the order of `OUTPUTS`.
 Run = Callable[[np.ndarray], list[np.ndarray]]
 
@@ -27,7 +29,7 @@ def traced(graph: ExplanationGraph, pixel_values: torch.Tensor) -> ExportedProgr
         ValueError: If what it does depends on values, on the size of the batch, or on what is not torch's.
     """
     try:
-        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):  # torch prints what it could not trace
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # torch prints what it could not trace
             return torch.export.export(graph, (pixel_values,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
     except (RuntimeError, ValueError) as error:
         reason = sentence(error).split(". ")[0].rstrip(".")
@@ -39,6 +41,10 @@ def traced(graph: ExplanationGraph, pixel_values: torch.Tensor) -> ExportedProgr
 
 def check_onnx() -> None:
     """Raise ImportError, with what to install, where ONNX files cannot be made."""
+    if torch.__version__ < TORCH:
+        raise ImportError(
+            f"ONNX files need torch>={TORCH}, and this is {torch.__version__}; upgrade it, or export a .pt2."
+        )
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401

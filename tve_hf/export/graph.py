@@ -23,6 +23,8 @@ class ExplanationGraph(nn.Module):
         ValueError: If the pipeline has no explainer, or does more than these two passes.
     """
 
+    classes: Tensor | None  # those of every image, (K,); None where each image has its own
+
     def __init__(self, explain: TransferableAttributionPipeline, top_k: int | None = None):
         super().__init__()
         settings = explain._forward_params | call_options({"top_k": top_k})[2]
@@ -48,10 +50,11 @@ class ExplanationGraph(nn.Module):
         self.explainer = explain.model
         self.rule = settings.get("rule") or rule_of(self.explainer.config)
         self.top_k = min(settings.get("top_k") or 1, len(self.classifier.id2label))
-        self.classes: Tensor | None = None
+        fixed = None
         if settings.get("classes") is not None:
-            fixed = [self.classifier.class_index(asked) for asked in settings["classes"]]
-            self.register_buffer("classes", torch.tensor(fixed, device=self.classifier.device), persistent=False)
+            indices = [self.classifier.class_index(asked) for asked in settings["classes"]]
+            fixed = torch.tensor(indices, device=self.classifier.device)
+        self.register_buffer("classes", fixed, persistent=False)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what `OUTPUTS` names, in float32 whatever the models compute in.
