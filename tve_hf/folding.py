@@ -57,10 +57,10 @@ def explain_pass(
     if folded is not None:
         scores = folded.scores(explainer, read, classes, how, classifier.multi_label)
         if how.averaged:
-            scores = average_over_neighborhoods(scores, config.grid_shape, config.hops)
+            scores = average_over_neighborhoods(scores, explainer.grid_shape, config.hops)
     if scores is None or not scores.isfinite().all():  # of which `transfer` says what is wrong
-        scores = transfer(*read.predicted(explainer), classifier, classes, rule, config.grid_shape, config.hops)
-    scores = scores.unflatten(-1, config.grid_shape)
+        scores = transfer(*read.predicted(explainer), classifier, classes, rule, explainer.grid_shape, config.hops)
+    scores = scores.unflatten(-1, explainer.grid_shape)
     return scores if class_idx.ndim == 2 else scores.squeeze(1)
 
 
