@@ -1,4 +1,4 @@
-"""The command line: tve-hf explain | info | pretrain | evaluate | card | push.
+"""The command line: tve-hf explain | info | pretrain | evaluate | bench | card | push.
 
 Each command also reads arguments from files, one a line: `tve-hf pretrain @recipe.args --classifier ...`.
 """
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from ..messages import REPORT, is_expected, message
+from .bench import bench
 from .explain import explain
 from .hub import card, info, push
 from .parser import INTERRUPTED, NOBODY_READS, VERSION
@@ -18,6 +19,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": info,
     "pretrain": pretrain,
     "evaluate": evaluate,
+    "bench": bench,
     "card": card,
     "push": push,
 }
