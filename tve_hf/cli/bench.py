@@ -1,6 +1,5 @@
 """tve-hf bench."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -111,13 +110,13 @@ def compare(args: BenchArguments) -> dict[str, Any]:
     for name in args.classifiers:
         classifier = _classifier(name, args, device)
         grid = (args.grid_size, args.grid_size) if args.grid_size else classifier.default_grid()
-        explainers = dict(_explainers(classifier, grid, args))
+        explainers, unmade = _explainers(classifier, grid, args)
         for size in args.batch_sizes:
             pixel_values = torch.randn(size, *classifier.probe().shape[1:]).to(device, classifier.dtype)
             actions, refused = _actions(classifier, explainers, grid, pixel_values, args)
             rows = speed.measure(actions, pixel_values, args.repeats)
-            entry = {"classifier": name, "batch_size": size, "grid": list(grid), "rows": rows, "refused": refused}
-            report["measured"].append(entry)
+            entry = {"classifier": name, "batch_size": size, "grid": list(grid), "rows": rows}
+            report["measured"].append(entry | {"refused": unmade | refused})
     if args.output_dir is not None:
         from pathlib import Path
 
@@ -147,11 +146,15 @@ def _classifier(name: str, args: BenchArguments, device: Any) -> "SplitClassifie
 
 def _explainers(
     classifier: "SplitClassifier", grid: tuple[int, int], args: BenchArguments
-) -> Iterator[tuple[str, "TVEExplainer"]]:
-    """The explainers that are asked for, by name."""
+) -> tuple[dict[str, "TVEExplainer"], dict[str, str]]:
+    """The explainers that are asked for, by name; and why others cannot be made for this classifier."""
+    from huggingface_hub.errors import StrictDataclassError
+
     from ..modeling_tve import TVEExplainer
     from ..pretrain.model import config_for
 
+    explainers: dict[str, TVEExplainer] = {}
+    refused: dict[str, str] = {}
     for name in [name for name in args.methods if name in _EXPLAINERS]:
         if name == "tve" and args.model is not None:
             explainer = TVEExplainer.from_pretrained(args.model)
@@ -163,8 +166,13 @@ def _explainers(
             else:
                 height = classifier.probe().shape[-2]
                 sizes["mae_config"] = {"image_size": height, "patch_size": height // grid[0]}
-            explainer = TVEExplainer(config_for(classifier, grid, hops=2, **sizes))
-        yield name, explainer.eval().to(classifier.device, classifier.dtype)
+            try:
+                explainer = TVEExplainer(config_for(classifier, grid, hops=2, **sizes))
+            except (ValueError, StrictDataclassError) as error:  # the Mask-AutoEncoder takes square images alone
+                refused[name] = " ".join(str(error).split())
+                continue
+        explainers[name] = explainer.eval().to(classifier.device, classifier.dtype)
+    return explainers, refused
 
 
 def _actions(
@@ -185,9 +193,10 @@ def _actions(
     actions = {speed.PREDICTION: speed.prediction(classifier)}
     refused = {}
     for spec in args.methods:
-        if spec in explainers:
-            rule = args.rule if spec == "tve" else None
-            actions[spec] = speed.by_explainer(classifier, explainers[spec], rule)
+        if spec in _EXPLAINERS:
+            if spec in explainers:
+                rule = args.rule if spec == "tve" else None
+                actions[spec] = speed.by_explainer(classifier, explainers[spec], rule)
             continue
         action = speed.by_method(classifier, spec, grid, class_idx)
         method = speed.NAMED[spec][0] if spec in speed.NAMED else spec
