@@ -16,19 +16,16 @@ gradients and moments. Attention counts with its whole matrix, which fused kerne
 """
 
 import argparse
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification, DeiTConfig, SwinConfig, ViTConfig
 
 from tve_hf import TVEConfig, TVEExplainer
+from tve_hf.benchmark.cost import LiveMemory
 
 IMAGES = 1_281_167  # training images of ImageNet-1k
 SIDE, GRID = 224, 14
@@ -49,36 +46,6 @@ BACKBONES = {
         "swin_base_patch4_window7_224",
     ),
 }
-
-
-class LiveMemory(TorchDispatchMode):
-    """Bytes of the tensors made and not yet freed in a with-block, `now`, and the most there were, `peak`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # What was there before counts for nothing, nor do views of it.
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self._known.update(tensor.untyped_storage()._cdata for tensor in given)
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._known:
-                    self._known.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 def cost(model: nn.Module, train: bool = False, **inputs: Any) -> tuple[float, int]:

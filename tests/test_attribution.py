@@ -171,6 +171,14 @@ def test_several_classes_at_once_are_one_at_a_time(cnn, rule) -> None:
         torch.testing.assert_close(scores[:, k], transfer(kept, removed, cnn, class_idx[:, k], rule, (3, 5), 1))
 
 
+@pytest.mark.parametrize("rule", ["prob", "standardized_logit_averaged"])
+def test_logits_of_one_patch_at_a_time_are_those_of_all(monkeypatch, cnn, rule) -> None:
+    asked = *_embeddings(), cnn, torch.tensor([[4, 0], [1, 2]]), rule, (3, 5), 1
+    expected = transfer(*asked)
+    monkeypatch.setattr("tve_hf.attribution.MOST_LOGITS", 1)
+    torch.testing.assert_close(transfer(*asked), expected)
+
+
 def test_a_constant_part_is_standardized_to_zero(cnn) -> None:
     kept, removed = _embeddings()
     kept = kept[:, :1].expand(-1, 15, -1)

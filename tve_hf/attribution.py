@@ -3,11 +3,11 @@
 Equation numbers are those of "Learning Meta-attribution for Transferable Vision Explainer", arXiv 2312.15359.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .classifiers import SplitClassifier
@@ -16,8 +16,10 @@ from .configuration_tve import TVEConfig
 from .inputs import whole_number
 from .patches import GridSize, average_over_neighborhoods, grid_of, neighborhoods
 
-# Evidence of a class in an embedding: (classifier, embeddings (..., D)) -> (..., C), in float32.
-Evidence = Callable[[SplitClassifier, Tensor], Tensor]
+# What is read of a class in an embedding.
+Evidence = Literal["log_prob", "logit", "prob"]
+# Logits that are held at once, in float32: of all patches and classes, of which 21,000 are no rarity.
+MOST_LOGITS = 2**22
 
 
 @dataclass(frozen=True)
@@ -36,29 +38,42 @@ class Rule:
     averaged: bool = False
     kept: bool = True
 
+    def read(self, logits: Tensor, normalizer: Tensor | None) -> Tensor:
+        """Evidence of some classes, of their logits.
 
-def _log_prob(classifier: SplitClassifier, embeddings: Tensor) -> Tensor:
-    return classifier.log_prob(embeddings)
+        Args:
+            normalizer: log-sum-exp of the logits of all classes, which broadcasts with those of some; None where each
+                class has a probability of its own, sigmoid(logit).
+        """
+        if self.evidence == "logit":
+            return logits
+        log_prob = F.logsigmoid(logits) if normalizer is None else logits - normalizer
+        return log_prob if self.evidence == "log_prob" else log_prob.exp()
 
+    def subtract(self, kept: Tensor, removed: Tensor) -> Tensor:
+        """Scores before averaging, (B, K, N), of the evidence of classes in kept and in removed, (B, K, N) each."""
 
-def _logit(classifier: SplitClassifier, embeddings: Tensor) -> Tensor:
-    return classifier.head(embeddings).float()
+        def part(chosen: Tensor) -> Tensor:
+            if self.standardized:
+                spread = chosen.std(-1, keepdim=True, correction=0)
+                constant = spread <= 1e-5 * chosen.abs().amax(-1, keepdim=True)  # but for rounding, not to be blown up
+                chosen = (chosen - chosen.mean(-1, keepdim=True)) / spread.clamp(min=1e-6)
+                chosen = chosen.masked_fill(constant, 0)
+            return chosen
 
-
-def _prob(classifier: SplitClassifier, embeddings: Tensor) -> Tensor:
-    return classifier.log_prob(embeddings).exp()
+        return part(kept) - part(removed) if self.kept else -part(removed)
 
 
 RULES: dict[str, Rule] = {
-    "log_prob": Rule(_log_prob),  # Eq. 7
-    "log_prob_averaged": Rule(_log_prob, averaged=True),
-    "logit": Rule(_logit),
-    "logit_averaged": Rule(_logit, averaged=True),
-    "prob": Rule(_prob),
-    "removed_averaged": Rule(_log_prob, averaged=True, kept=False),
-    "standardized_logit": Rule(_logit, standardized=True),
-    "standardized_logit_averaged": Rule(_logit, standardized=True, averaged=True),
-    "standardized_prob_averaged": Rule(_prob, standardized=True, averaged=True),
+    "log_prob": Rule("log_prob"),  # Eq. 7
+    "log_prob_averaged": Rule("log_prob", averaged=True),
+    "logit": Rule("logit"),
+    "logit_averaged": Rule("logit", averaged=True),
+    "prob": Rule("prob"),
+    "removed_averaged": Rule("log_prob", averaged=True, kept=False),
+    "standardized_logit": Rule("logit", standardized=True),
+    "standardized_logit_averaged": Rule("logit", standardized=True, averaged=True),
+    "standardized_prob_averaged": Rule("prob", standardized=True, averaged=True),
 }
 
 # Of the rules that keep sign and units, the one that holds up best: examples/study_rules.py.
@@ -67,9 +82,9 @@ DEFAULT_RULE = "logit_averaged"
 DEFAULT_RULES = {"antithetical": DEFAULT_RULE, "random": "prob"}
 
 _UNITS: dict[Evidence, str] = {
-    _log_prob: "change of log-probability, nats",
-    _logit: "change of logit",
-    _prob: "change of probability",
+    "log_prob": "change of log-probability, nats",
+    "logit": "change of logit",
+    "prob": "change of probability",
 }
 
 
@@ -223,21 +238,16 @@ def of_class(values: Tensor, class_idx: Tensor) -> Tensor:
 
 def apply_rule(how: Rule, kept: Tensor, removed: Tensor, classifier: SplitClassifier, classes: Tensor) -> Tensor:
     """Scores of a rule before averaging: (B, N, D) twice and classes (B, K) -> (B, K, N)."""
-
-    def part(embeddings: Tensor) -> Tensor:
-        chosen = evidence_of(how, embeddings, classifier, classes)
-        if how.standardized:
-            spread = chosen.std(-1, keepdim=True, correction=0)
-            constant = spread <= 1e-5 * chosen.abs().amax(-1, keepdim=True)  # but for rounding, not to be blown up
-            chosen = (chosen - chosen.mean(-1, keepdim=True)) / spread.clamp(min=1e-6)
-            chosen = chosen.masked_fill(constant, 0)
-        return chosen
-
-    return part(kept) - part(removed) if how.kept else -part(removed)
+    return how.subtract(*(evidence_of(how, part, classifier, classes) for part in (kept, removed)))
 
 
 def evidence_of(how: Rule, embeddings: Tensor, classifier: SplitClassifier, classes: Tensor) -> Tensor:
     """What a rule reads of each image's classes (B, K) in its embeddings (B, N, D): (B, K, N), float32."""
-    evidence = how.evidence(classifier, embeddings.to(classifier.dtype))  # (B, N, C)
-    index = classes.unsqueeze(1).expand(-1, evidence.shape[1], -1)
-    return evidence.gather(-1, index).transpose(1, 2)
+    at_once = max(1, MOST_LOGITS // (len(embeddings) * max(1, len(classifier.id2label))))
+    evidence = []
+    for some in embeddings.split(at_once, dim=1):
+        logits = classifier.head(some.to(classifier.dtype)).float()  # (B, n, C)
+        chosen = logits.gather(-1, classes.unsqueeze(1).expand(-1, some.shape[1], -1)).transpose(1, 2)
+        alone = classifier.multi_label or how.evidence == "logit"
+        evidence.append(how.read(chosen, None if alone else logits.logsumexp(-1).unsqueeze(1)))
+    return torch.cat(evidence, dim=-1)

@@ -20,6 +20,7 @@ from .classifiers.parts import SplitClassifierOutput
 from .classifiers.wrapped import is_dispatched
 from .compatibility import check_explainer, check_sound, fit, quality_with, released, saved_processor
 from .faithfulness import faithfulness
+from .folding import explain_pass
 from .geometry import Region, seen_region
 from .images import TIMEOUT, images_of, load_image
 from .inputs import OF_METHOD, WithClasses, call_options, with_classes
@@ -69,18 +70,15 @@ class TransferableAttributionPipeline(Pipeline):
 
     - **label**, **class_idx**, **score**: the class and the probability that the classifier gives it;
     - **attribution**: the raw signed map, a float32 array (rows, cols); positive supports the class;
-    - **method**: the method that made it, of `tve_hf.methods.available()`;
-    - **rule**: its rule of `tve_hf.attribution.RULES`, or None if the method has none;
+    - **method**, **rule**: what made it, of `tve_hf.methods.available()`, and its rule of `RULES`, or None;
     - **quality**: what pre-training measured of the explainer with these weights, `TVEConfig.quality`, or None;
     - **heatmap**, **overlay**, **figure**: drawn when first asked for, see `tve_hf.visualization.Explanation`;
     - **verification**: with `verify=n`, predicted against exact scores on n random patches; or, where scores add up,
       `r2` and `pearson` of predicted against true evidence in n random coalitions.
     """
 
-    _load_processor = False
+    _load_processor = _load_feature_extractor = _load_tokenizer = False
     _load_image_processor = False  # so that one which arrives is the user's, not the explainer's
-    _load_feature_extractor = False
-    _load_tokenizer = False
 
     def __init__(
         self,
@@ -225,8 +223,8 @@ class TransferableAttributionPipeline(Pipeline):
         if method in (None, "tve"):
             made = self._by_explainer(classifier, seen, pixel_values, class_idx, inputs, asked)
         else:
-            names = self._whole.backbone.feature_names
-            whole = self._whole if classifier is self.classifier else classifier.reading(names)
+            own = classifier is self.classifier
+            whole = self._whole if own else classifier.reading(self._whole.backbone.feature_names)
             made = _methods().maps(method, whole, pixel_values, class_idx, inputs, **asked)
         scores, rule, verifications = made  # scores (B, K, rows, cols)
         results = [
@@ -256,8 +254,10 @@ class TransferableAttributionPipeline(Pipeline):
     ) -> tuple[Tensor, str, Any]:
         """Maps (B, K, rows, cols) of the explainer, the rule that made them, and their verification."""
         config, number, refine = self.model.config, asked.get("verify"), asked.get("refine")
-        predicted = self.model(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
-        pair, rule = (predicted.kept, predicted.removed), asked.get("rule") or rule_of(config)
+        rule = asked.get("rule") or rule_of(config)
+        if number is None and refine is None:
+            return explain_pass(self.model, classifier, pixel_values, seen, class_idx, rule), rule, None
+        pair: tuple[Tensor, Tensor] = self.model(pixel_values, seen.features, seen.embeddings).to_tuple()
         refinement = Refinement(classifier, pixel_values, *pair, config, refine, **inputs) if refine else None
 
         def scores_of(name: str) -> Tensor:  # (B, K, N)

@@ -86,3 +86,24 @@ def test_hours_of_imagenet_are_those_of_its_passes(tmp_path, monkeypatch, capsys
         passes = 1_281_167 * 17 / rate / 3600
         assert float(one) == pytest.approx(passes / (float(share.strip("%")) / 100), rel=0.01)
         assert float(eight) == pytest.approx(float(one) / 8, abs=0.006)
+
+
+def test_growth_of_operations_follows_from_the_shapes(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+    from tve_hf.cli.bench import _RANDOM
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setitem(_RANDOM, "tiny", ("vit", sizes | {"intermediate_size": 48}))
+    arguments = ["--classifiers", "tiny", "--repeats", "2", "--hidden_size", "16", "--output_dir", str(tmp_path)]
+    arguments += ["--image_size", "64", "--grid_size", "--num_labels", "10", "20", "30", "--batch_size", "1", "3"]
+    monkeypatch.setattr(sys, "argv", ["growth.py", *arguments])
+    script = runpy.run_path(str(ROOT / "growth.py"))
+    script["main"]()
+    rows = json.loads((tmp_path / "growth.json").read_text())
+    assert (tmp_path / "growth.png").stat().st_size
+    of = {(row["setting"], row["value"]): row["gflops"] for row in rows}
+    assert len(of) == 6 and of["batch_size", 1] == pytest.approx(of["batch_size", 3])  # of an image
+    ten = of["num_labels", 20] - of["num_labels", 10]
+    assert ten == pytest.approx(of["num_labels", 30] - of["num_labels", 20])
+    # For each class a product of 16 hidden numbers for each of 14 x 14 patches, and one for base, of their mean.
+    assert ten * 1e9 == pytest.approx(10 * 2 * 16 * (14 * 14 + 1))

@@ -1,6 +1,7 @@
-"""Count what an explanation costs: passes of the classifier, what an explainer computes, and time."""
+"""Count what an explanation costs: passes of the classifier, what an explainer computes, memory and time."""
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..classifiers import SplitClassifier
@@ -24,6 +27,36 @@ class Cost:
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: torch.tensor(float(value)) for name, value in vars(self).items()}
+
+
+class LiveMemory(TorchDispatchMode):
+    """Bytes of the tensors made and not yet freed in a with-block, `now`, and the most there were, `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # What was there before counts for nothing, nor do views of it.
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._known.update(tensor.untyped_storage()._cdata for tensor in given)
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known:
+                    self._known.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
 
 
 def own_share(classifier: SplitClassifier, explain: Callable[[Tensor], Any]) -> float:
@@ -75,13 +108,14 @@ def counting(model: nn.Module, head_names: Sequence[str]) -> Iterator[Cost]:
             yield model.get_submodule(name).register_forward_pre_hook(watch, with_kwargs=True)
 
     with hooked(hooks()):
-        _wait_for_device()
+        wait_for_device()
         start = time.perf_counter()
         yield cost
-        _wait_for_device()
+        wait_for_device()
         cost.seconds = time.perf_counter() - start
 
 
-def _wait_for_device() -> None:
+def wait_for_device() -> None:
+    """Let what is queued on a GPU end, before a clock is read."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -192,3 +192,31 @@ def draw(report: dict[str, Any], folder: Path) -> None:
     fidelity_against_cost(report, folder / "cost.png")
     if "rank_agreement" in report["summary"]:
         removal_agreement(report, folder / "removals.png")
+
+
+def speed(report: dict[str, Any], path: Path) -> None:
+    """Ratios to the prediction's time with their intervals, a panel for each classifier, on a logarithmic axis."""
+    names = list(dict.fromkeys(entry["classifier"] for entry in report["measured"]))
+    most = max(len(entry["rows"]) for entry in report["measured"])
+    figure = Figure(figsize=(4.2 * len(names) + 1.5, 0.28 * most + 1.4))
+    for name, axis in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
+        entries = [entry for entry in report["measured"] if entry["classifier"] == name]
+        labels = list(dict.fromkeys(row["name"] for entry in entries for row in entry["rows"]))
+        for number, (entry, color) in enumerate(zip(entries, _COLORS, strict=False)):
+            rows = entry["rows"]
+            ratios = [row["ratio"] for row in rows]
+            ends = [row["interval"] for row in rows]
+            below = [max(0.0, ratio - low) for ratio, (low, _) in zip(ratios, ends, strict=True)]
+            above = [max(0.0, high - ratio) for ratio, (_, high) in zip(ratios, ends, strict=True)]
+            heights = [labels.index(row["name"]) + 0.15 * (number - (len(entries) - 1) / 2) for row in rows]
+            label = f"batch of {entry['batch_size']}"
+            axis.errorbar(ratios, heights, xerr=[below, above], fmt="o", color=color, markersize=4, label=label)
+        axis.set_yticks(range(len(labels)), labels)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.axvline(1, color="0.7", linewidth=0.8)
+        axis.set_xlabel("time, in predictions")
+        axis.set_title(name, fontsize=10)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)

@@ -1,4 +1,4 @@
-"""The command line: tve-hf explain | info | pretrain | evaluate | card | push | export.
+"""The command line: tve-hf explain | info | pretrain | evaluate | bench | card | push | export.
 
 Each command also reads arguments from files, one a line: `tve-hf pretrain @recipe.args --classifier ...`.
 """
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from ..messages import REPORT, is_expected, message
+from .bench import bench
 from .explain import explain
 from .export import export
 from .hub import card, info, push
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": info,
     "pretrain": pretrain,
     "evaluate": evaluate,
+    "bench": bench,
     "card": card,
     "push": push,
     "export": export,

@@ -1,6 +1,6 @@
 """Statistics over images: bootstrap intervals, sign-flip tests, Holm's correction, ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,17 @@ def _draws(high: int, samples: int, n: int, seed: int) -> Iterator[Tensor]:
         yield torch.randint(high, (min(rows, samples - start), n), generator=generator)
 
 
-def bootstrap_interval(values: Tensor, samples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of per-image values, (n,)."""
-    means = torch.cat([values[index].mean(1) for index in _draws(len(values), samples, len(values), seed)])
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+def bootstrap_interval(
+    values: Tensor, samples: int = 10_000, seed: int = 0, statistic: Callable[[Tensor], Tensor] | None = None
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of per-image values, (n,).
+
+    Args:
+        statistic: of each row of values, (rows, n) -> (rows,); by default the mean.
+    """
+    of_rows = statistic or (lambda rows: rows.mean(1))
+    found = torch.cat([of_rows(values[index]) for index in _draws(len(values), samples, len(values), seed)])
+    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high
 
 

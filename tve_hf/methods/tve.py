@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..attribution import check_rule, rule_of, transfer
+from ..attribution import check_rule, rule_of
 from ..classifiers import SplitClassifier
+from ..folding import explain_pass
 from ..modeling_tve import TVEExplainer
 from ..refinement import Refinement
 from ._fitting import fitted
@@ -37,12 +38,10 @@ def explain(
     if rule is not None:
         check_rule(explainer.config, rule)
     seen = fitted(explainer, classifier, pixel_values, grid_size)(pixel_values)
-    predicted = explainer(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
-    config, pair = explainer.config, (predicted.kept, predicted.removed)
-    rule = rule or rule_of(config)
-    scores = transfer(*pair, classifier, class_idx, rule, grid_size, config.hops)
+    rule = rule or rule_of(explainer.config)
+    scores = explain_pass(explainer, classifier, pixel_values, seen, class_idx, rule)
     if refine:
-        scores = scores + Refinement(classifier, pixel_values, *pair, config, refine).correction(
-            classifier, class_idx, rule
-        )
-    return scores.unflatten(-1, grid_size)
+        predicted = explainer(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
+        refinement = Refinement(classifier, pixel_values, predicted.kept, predicted.removed, explainer.config, refine)
+        scores = scores + refinement.correction(classifier, class_idx, rule).unflatten(-1, grid_size)
+    return scores
