@@ -157,7 +157,7 @@ def test_a_program_of_torch_export_gives_the_same(explains, tmp_path):
         photographs = [noise_image(seed, (100, 80)) for seed in range(batch)]
         outputs = module(explain.image_processor(photographs, return_tensors="pt")["pixel_values"])
         names = json.loads(extra["config.json"])["outputs"]
-        found = {name: output.numpy() for name, output in zip(names, outputs, strict=True)}
+        found = {name: output.detach().numpy() for name, output in zip(names, outputs, strict=True)}
         assert_same_as_pipeline(explain, photographs, found, 1e-5)
 
 
@@ -169,7 +169,7 @@ def test_settings_for_all_calls_are_those_of_the_graph(explains, tmp_path):
     photograph = noise_image(0)
     module = torch.export.load(tmp_path / "model.pt2").module()
     outputs = module(explain.image_processor([photograph] * 2, return_tensors="pt")["pixel_values"])
-    found = dict(zip(config["outputs"], (output.numpy() for output in outputs), strict=True))
+    found = dict(zip(config["outputs"], (output.detach().numpy() for output in outputs), strict=True))
     assert found["class_idx"].tolist() == [[4, 0]] * 2
     assert_same_as_pipeline(explain, [photograph] * 2, found, 1e-5)
     assert export(explain, tmp_path / "other.pt2", top_k=9).config["labels"] == config["labels"]
