@@ -51,7 +51,7 @@ class BenchArguments:
             "many samples is measured on some, and scaled up."
         },
     )
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 16], metadata={"help": "Images of a batch."})
     repeats: int = field(default=20, metadata={"help": "Rounds, in each of which every method has its turn."})
     grid_size: int | None = field(default=None, metadata={"help": "P; the classifier's default grid by default."})
     hidden_size: int = field(default=256, metadata={"help": "Of the random explainer tve."})
@@ -88,6 +88,7 @@ def compare(args: BenchArguments) -> dict[str, Any]:
 
     from ..attribution import rule_named
     from ..benchmark import speed
+    from ..benchmark.judge import parse_method
     from ..inputs import whole_number
 
     whole_number("repeats", args.repeats, least=2)
@@ -97,6 +98,9 @@ def compare(args: BenchArguments) -> dict[str, Any]:
         raise ValueError(f"Unknown dtype {args.dtype!r}; choose one of {', '.join(known)}.")
     if args.rule is not None:
         rule_named(args.rule)
+    for spec in args.methods:
+        if spec not in _EXPLAINERS and spec not in speed.NAMED:
+            parse_method(spec)
     set_seed(0)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     report: dict[str, Any] = {
