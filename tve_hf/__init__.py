@@ -23,7 +23,7 @@ from .vit_shapley.configuration import ShapleyConfig
 from .vit_shapley.modeling import ShapleyExplainer, ShapleyExplainerOutput
 
 if TYPE_CHECKING:
-    from .callback import ExplanationCallback
+    from .evaluation.callback import ExplanationCallback
 
 __version__ = "0.1.0"
 
@@ -66,7 +66,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "ExplanationCallback":  # for those who train: it loads the Trainer
-        from .callback import ExplanationCallback
+        from .evaluation.callback import ExplanationCallback
 
         return ExplanationCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

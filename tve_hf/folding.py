@@ -138,6 +138,9 @@ class FoldedHead(NamedTuple):
         empty = trunk.empty_embedding.float()
         weight = head.weight @ trunk.differences.weight.float().view(2, dim, -1)  # (2, C, hidden)
         bias = trunk.differences.bias.float().view(2, dim) @ head.weight.T  # (2, C)
+        if trunk.config.backgrounds == "random":  # of which the trunk predicts N phi
+            weight[0] /= trunk.config.num_patches
+            bias[0] /= trunk.config.num_patches
         share = None
         if trunk.pooled is not None:
             share = head.weight * (1 + trunk.share_change.float()) / trunk.config.num_patches

@@ -147,7 +147,7 @@ def test_libraries_get_a_picture_of_their_own_from_the_first_process(trainer_of,
 
 
 def test_transformers_keeps_its_trackers_where_they_are_looked_for():
-    from tve_hf.callback import _TRACKERS  # with the Trainer
+    from tve_hf.evaluation.callback import _TRACKERS  # with the Trainer
 
     for owner, attribute in (
         (TensorBoardCallback, "tb_writer"),

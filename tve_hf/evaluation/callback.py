@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, pipeline
 
-from .fidelity import fidelity
-from .visualization import gallery
+from ..fidelity import fidelity
+from ..visualization import gallery
 
 _NAME = "eval/explanations"
 
