@@ -243,7 +243,11 @@ def apply_rule(how: Rule, kept: Tensor, removed: Tensor, classifier: SplitClassi
 
 def evidence_of(how: Rule, embeddings: Tensor, classifier: SplitClassifier, classes: Tensor) -> Tensor:
     """What a rule reads of each image's classes (B, K) in its embeddings (B, N, D): (B, K, N), float32."""
-    at_once = max(1, MOST_LOGITS // (len(embeddings) * max(1, len(classifier.id2label))))
+    batch, number, _ = embeddings.shape
+    if torch.compiler.is_compiling():  # which knows no size of the batch
+        at_once = number
+    else:
+        at_once = max(1, MOST_LOGITS // (batch * max(1, len(classifier.id2label))))
     evidence = []
     for some in embeddings.split(at_once, dim=1):
         logits = classifier.head(some.to(classifier.dtype)).float()  # (B, n, C)

@@ -172,7 +172,7 @@ def test_the_document_runs_as_it_stands(trainer_of, capsys):
         {"image": IMAGES * 2}, features=datasets.Features({"image": datasets.Image()})
     )
     namespace = {"trainer": trainer_of(max_steps=2), "test_set": test_set, "tve_hf": tve_hf, "pipeline": pipeline}
-    text = (Path(__file__).parents[1] / "docs" / "loops.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "loops.md").read_text()
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         exec(compile(block, "docs/loops.md", "exec"), namespace)
     assert "eval_fidelity_gap" in namespace["trainer"].state.log_history[-2]
