@@ -80,7 +80,9 @@ class ExplanationCallback(TrainerCallback):
         was_training = model.training
         model.eval()
         try:
-            gap, sheet = self._explained(model)
+            # Loading models draws numbers, which the training would miss.
+            with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+                gap, sheet = self._explained(model)
         finally:
             model.train(was_training)
         found = {"eval_fidelity_gap": gap}
