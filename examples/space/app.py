@@ -115,7 +115,7 @@ def page() -> gr.Blocks:
                 repository = gr.Textbox(CLIP, label="Name on the Hub", max_length=200, visible=False)
                 prompts = gr.Textbox("a cat\na dog", label="Prompts, one a line", lines=3, visible=False)
                 passes = gr.Slider(0, 200, 0, step=8, label="Masked passes that refine the map")
-                ask, unexplained = gr.Button("Explain", variant="primary"), gr.HTML()
+                unexplained, ask = gr.HTML(padding=False), gr.Button("Explain", variant="primary")
             with gr.Column(min_width=300, scale=2):
                 chosen = gr.Radio([("none yet", 0)], value=0, label="Class to explain", visible=False)
                 with gr.Column(visible=False) as found:
@@ -134,12 +134,12 @@ def page() -> gr.Blocks:
                     percent = gr.Slider(
                         0, 100, 20, step=10, label="Percent of the patches to remove, most relevant first"
                     )
-                    unremoved, fall, removed = gr.HTML(), gr.Markdown(), gr.HTML()
+                    unremoved, fall, removed = gr.HTML(padding=False), gr.Markdown(), gr.HTML()
                     gr.Markdown(
                         "## What do other methods say?\nThe fidelity gap says how much more the probability falls "
                         "without the most relevant patches than with nothing else; higher is better."
                     )
-                    rivals, uncompared, others = gr.Button("Compare"), gr.HTML(), gr.HTML()
+                    rivals, uncompared, others = gr.Button("Compare"), gr.HTML(padding=False), gr.HTML()
 
         boxes = [shipped_name, repository, prompts]
         source.change(

@@ -12,6 +12,7 @@ from ..fidelity import fidelity
 from ..visualization import gallery
 
 _NAME = "eval/explanations"
+_LEVELS = 14  # of the curves of fidelity, on grids with so many patches
 
 
 def _to_tensorboard(writer: Any, sheet: Image.Image, step: int) -> None:
@@ -80,7 +81,9 @@ class ExplanationCallback(TrainerCallback):
         was_training = model.training
         model.eval()
         try:
-            gap, sheet = self._explained(model)
+            # Loading models draws numbers, which the training would miss.
+            with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+                gap, sheet = self._explained(model)
         finally:
             model.train(was_training)
         found = {"eval_fidelity_gap": gap}
@@ -107,7 +110,8 @@ class ExplanationCallback(TrainerCallback):
         found = [one for (one,) in self._pipeline(self.images)]
         scores = torch.from_numpy(np.stack([one["attribution"] for one in found]))
         classes = torch.tensor([one["class_idx"] for one in found])
-        judged = fidelity(self._pipeline.classifier, self.images, scores, classes)
+        levels = min(_LEVELS, scores[0].numel() + 1)
+        judged = fidelity(self._pipeline.classifier, self.images, scores, classes, num_levels=levels)
         rows = [[one.photograph.image(), one["overlay"]] for one in found]
         titles = [f"{one['label']} {one['score']:.0%}" for one in found]
         return judged.gap.mean().item(), gallery(rows, ["photograph", "map"], titles)
