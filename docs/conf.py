@@ -28,6 +28,8 @@ add_module_names = False
 
 html_theme = "furo"
 html_title = "tve_hf"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {
     "source_repository": "https://github.com/tve-hf/tve_hf/",
     "source_branch": "main",
