@@ -76,7 +76,7 @@ def test_the_same_command_goes_on(arguments, tmp_path, capsys, monkeypatch):
     assert ids(tmp_path / "out") == ["0", "1", "2", "3"]
     capsys.readouterr()
     assert main(arguments) == 0
-    assert "goes on after 4 images that were done" in (out := capsys.readouterr().out) and "6 images in " in out
+    assert "4 images were done before" in (out := capsys.readouterr().out) and "6 images in " in out
     assert ids(tmp_path / "out") == [str(number) for number in range(NUMBER)]
     assert main([*arguments, "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
@@ -88,7 +88,7 @@ def test_interrupted_it_says_what_is_done(arguments, tmp_path, capsys, monkeypat
     monkeypatch.setattr(run, "results_of", at_call(4, lambda *_: os.kill(os.getpid(), interrupt), results_of))
     assert main(arguments) == code
     err = capsys.readouterr().err.splitlines()
-    assert err[-2] == "tve-hf: interrupted." and err[-1].endswith("their shards whole; the same command goes on.")
+    assert err[-2] == "tve-hf: interrupted." and err[-1].endswith("are whole; the same command goes on.")
     assert ids(tmp_path / "out") == ["0", "1", "2", "3"] and not [*(tmp_path / "out").rglob("*partial*")]
 
 
@@ -134,7 +134,7 @@ def test_other_settings_damage_and_a_full_disk_end_in_one_sentence_and_leave_the
         assert main(arguments) == 1
     err = capsys.readouterr().err.splitlines()
     assert "takes no results (No space left on device)" in err[-2]
-    assert err[-1] == "6 images are done, their shards whole; the same command goes on."
+    assert err[-1] == f"the shards in {tmp_path / 'out'} are whole; the same command goes on."
     assert second.read_bytes() == shards_before[second]
     assert main(arguments) == 0 and ids(tmp_path / "out") == [str(number) for number in range(NUMBER)]
 
@@ -153,7 +153,7 @@ def test_processes_share_the_work(arguments, tmp_path, monkeypatch, capsys, more
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert main(arguments) == 0
-    assert "goes on after 10 images" in capsys.readouterr().out
+    assert "10 images were done before" in capsys.readouterr().out
 
 
 def kill(launcher: int) -> None:

@@ -141,15 +141,15 @@ def explain_rows(
             advance(len(batch))
 
     behind: tuple[Future, int] | None = None
-    pool = ThreadPoolExecutor(num_workers() + 1)  # one of them writes
-    try:
-        for unit, group in groupby(all_rows(), key=lambda pair: pair[0].unit):
-            images = [records for _, records in group]
+    pool = ThreadPoolExecutor(num_workers())
+    with ThreadPoolExecutor(1) as writer:  # which ends what it has begun, whatever happens
+        try:
+            for unit, group in groupby(all_rows(), key=lambda pair: pair[0].unit):
+                images = [records for _, records in group]
+                if behind is not None:
+                    yield behind[0].result(), behind[1]
+                behind = writer.submit(folder.write, unit, images), sum("error" in records[0] for records in images)
             if behind is not None:
                 yield behind[0].result(), behind[1]
-            behind = pool.submit(folder.write, unit, images), sum("error" in records[0] for records in images)
-        if behind is not None:
-            yield behind[0].result(), behind[1]
-    finally:
-        # What is being written is finished, and nothing more begun.
-        pool.shutdown(cancel_futures=True)
+        finally:
+            pool.shutdown(cancel_futures=True)

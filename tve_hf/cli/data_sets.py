@@ -43,7 +43,7 @@ class DataSetRun:
             args.device = _own_device()
         source = args.dataset_name, args.dataset_config, args.split
         self.images = open_images(args.data_files, *source, args.image_column, args.streaming)
-        self.before = self.now = self.errors = 0
+        self.finished = self.errors = 0
 
     def go(self, explainer: Any) -> None:
         """Raise Unwritable or KeyboardInterrupt where that ends the run before its last image."""
@@ -65,14 +65,14 @@ class DataSetRun:
         work = Work(self.images, size, self.process)
         with lock_folder(args.output) if is_main else nullcontext():
             finished = folder.finished(work.is_own)
-            self.before = sum(finished.values())
-            if self.before and not args.quiet:
-                print(f"{self._who()}goes on after {self.before:,} images that were done.")
+            before = sum(finished.values())
+            if before and not args.quiet:
+                print(f"{self._who()}{before:,} images were done before; the run goes on.")
             hidden = args.quiet or not is_main or not sys.stderr.isatty()
             total = self.images.number if self.process.world == 1 else None
-            with tqdm(total=total, initial=self.before, unit="image", disable=hidden) as bar:
+            with tqdm(total=total, initial=before, unit="image", disable=hidden) as bar:
                 for number, errors in explain_rows(explainer, work, folder, finished, args.batch_size, bar.update):
-                    self.now += number
+                    self.finished += number
                     self.errors += errors
 
     def _settings(self, explainer: Any) -> dict[str, Any]:
@@ -102,11 +102,8 @@ class DataSetRun:
         return f"Process {rank} of {world}: " if world > 1 else ""
 
     def stopped(self, code: int) -> int:
-        """Say how far the run came, and return the exit code."""
-        print(
-            f"{self._who()}{self.before + self.now:,} images are done, their shards whole; the same command goes on.",
-            file=sys.stderr,
-        )
+        """Say what is left of the run, and return the exit code."""
+        print(f"{self._who()}the shards in {self.args.output} are whole; the same command goes on.", file=sys.stderr)
         return code
 
     def ended(self, seconds: float) -> int:
@@ -114,7 +111,7 @@ class DataSetRun:
         if not self.args.quiet:
             bad = f", {self.errors:,} of which have an error in the place of a map" if self.errors else ""
             print(
-                f"{self._who()}{self.now:,} images in {seconds:.2f} s, loading the models included{bad}; "
+                f"{self._who()}{self.finished:,} images in {seconds:.2f} s, loading the models included{bad}; "
                 f"datasets.load_dataset({str(self.args.output)!r}) reads them."
             )
         return 0
