@@ -75,9 +75,6 @@ def test_an_explainer_of_the_classifier(tmp_path, capsys) -> None:
     ],
 )
 def test_wrong_settings_are_one_sentence(tmp_path, capsys, arguments, message) -> None:
-    folder = save_classifier(tmp_path / "classifier")
-    assert (
-        main(["bench", "--classifiers", str(folder), "--batch_sizes", "1", "--methods", "grad_cam", *arguments]) == 1
-    )
+    assert main(["bench", "--classifiers", str(tmp_path / "none"), *arguments]) == 1  # before anything is loaded
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
