@@ -8,8 +8,8 @@ from transformers import pipeline
 
 import tve_hf
 from tve_hf.attribution import transfer
-from tve_hf.modeling_tve import kept_and_removed
 from tve_hf.refinement import Refinement
+from tve_hf.trunk_backbone import kept_and_removed
 
 NUM_PATCHES = GRID * GRID
 

@@ -33,6 +33,7 @@ def test_a_photograph_passes_few_files_to_become_a_picture(tmp_path):
     photograph = tmp_path / "photo.png"
     noise_image(0, (90, 70)).save(photograph)
     explain = pipeline("transferable-attribution")
+    explain(str(photograph))  # the first one also tries whether the head can be folded into the explainer
     files = walk(lambda: explain(str(photograph))[0]["overlay"])
-    assert files[0] == "pipeline_tve.py" and files[-1] == "visualization/drawing.py"
-    assert len(files) <= 10, files
+    assert files[0] == "pipeline_tve.py" and "visualization/drawing.py" in files
+    assert len(files) <= 9, files

@@ -18,9 +18,9 @@ from torch.autograd import forward_ad
 
 from .attribution import MOST_LOGITS, Rule, rule_named, transfer
 from .classifiers import SplitClassifier
-from .modeling_tve import TVEExplainer, efficient, kept_and_removed
+from .modeling_tve import TVEExplainer
 from .patches import average_over_neighborhoods
-from .trunk_backbone import TVEBackboneTrunk, TVEDifferenceHead
+from .trunk_backbone import TVEBackboneTrunk, TVEDifferenceHead, efficient, kept_and_removed
 
 
 @torch.no_grad()
@@ -134,16 +134,16 @@ class FoldedHead(NamedTuple):
     @classmethod
     def of(cls, trunk: TVEBackboneTrunk, head: AffineMap) -> "FoldedHead":
         """Fold a head, all R = C classes of it, into the trunk of an explainer."""
-        dim = len(trunk.empty_embedding)
+        dim, num_patches = len(trunk.empty_embedding), trunk.position_embeddings.shape[1]
         empty = trunk.empty_embedding.float()
         weight = head.weight @ trunk.differences.weight.float().view(2, dim, -1)  # (2, C, hidden)
         bias = trunk.differences.bias.float().view(2, dim) @ head.weight.T  # (2, C)
         if trunk.config.backgrounds == "random":  # of which the trunk predicts N phi
-            weight[0] /= trunk.config.num_patches
-            bias[0] /= trunk.config.num_patches
+            weight[0] /= num_patches
+            bias[0] /= num_patches
         share = None
         if trunk.pooled is not None:
-            share = head.weight * (1 + trunk.share_change.float()) / trunk.config.num_patches
+            share = head.weight * (1 + trunk.share_change.float()) / num_patches
             bias[0] -= share @ empty
         weight, bias = weight.transpose(0, 1).contiguous(), bias.T.contiguous()
         return cls(weight, bias, head.weight @ empty + head.bias, share)

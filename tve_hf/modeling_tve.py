@@ -24,7 +24,14 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_tve import BackboneReaderConfig, TVEConfig
-from .trunk_backbone import TVEBackboneReader, TVEBackboneTrunk, TVEDifferenceHead
+from .trunk_backbone import (
+    TVEBackboneReader,
+    TVEBackboneTrunk,
+    TVEDifferenceHead,
+    efficient,
+    embedding_of,
+    kept_and_removed,
+)
 from .trunk_vit_mae import TVEMAETrunk, sincos_positions
 from .weights import check_report, checked
 
@@ -257,44 +264,6 @@ def _mean_squared_distance(
     # float32 whatever the weights: a sum of D squares loses most of its digits in bfloat16.
     squares = (predicted.float() - labels.float()).square()
     return (squares if weights is None else squares * weights).sum(-1).mean()
-
-
-def kept_and_removed(phi: torch.Tensor, base: torch.Tensor, prob: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return kept and removed, (B, N, D) each, float32 since phi, (B, N, D), is small beside base, (B, D)."""
-    phi, base = phi.float(), base.float().unsqueeze(1)
-    return base + (1 - prob) * phi, base - prob * phi
-
-
-def phi_and_base(kept: torch.Tensor, removed: torch.Tensor, prob: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return phi (B, N, D) and base (B, D), float32, of kept and removed: the inverse of `kept_and_removed`."""
-    kept, removed = kept.float(), removed.float()
-    return kept - removed, (prob * kept + (1 - prob) * removed).mean(1)
-
-
-def embedding_of(coalitions: torch.Tensor, phi: torch.Tensor, base: torch.Tensor, prob: float) -> torch.Tensor:
-    """Predict G(S) of coalitions (B, K, N), boolean, from phi (B, N, D) and base (B, D): (B, K, D), float32."""
-    with torch.autocast(phi.device.type, enabled=False):
-        return base.float().unsqueeze(1) + (coalitions.float() - prob) @ phi.float()
-
-
-def efficient(
-    phi: torch.Tensor, empty: torch.Tensor, full: torch.Tensor, prob: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Let patches share out all of G(x) - G(empty image): sum over z of phi_z, as Shapley values do.
-
-    What is missing goes to all patches alike; then S = nothing and S = everything are exact.
-
-    Args:
-        phi: (B, N, D).
-        empty: G of the empty image, (D,) or (B, D).
-        full: G(x), (B, D).
-
-    Returns:
-        phi (B, N, D) and base (B, D), float32.
-    """
-    phi, total = phi.float(), full.float() - empty.float()
-    phi = phi + ((total - phi.sum(1)) / phi.shape[1]).unsqueeze(1)
-    return phi, empty.float() + prob * total
 
 
 __all__ = ["TVEExplainer", "TVEExplainerOutput", "TVEPreTrainedModel"]

@@ -22,8 +22,8 @@ from .classifiers import SplitClassifier
 from .coalitions import Coalitions
 from .configuration_tve import TVEConfig
 from .faithfulness import check_coalitions
-from .modeling_tve import embedding_of, phi_and_base
 from .patches import average_over_neighborhoods
+from .trunk_backbone import embedding_of, phi_and_base
 
 
 class Refinement:

@@ -14,8 +14,8 @@ from transformers.utils.logging import tqdm  # silent after `transformers.utils.
 from .classifiers.given import ClassifierInput, split_and_pixels
 from .coalitions import Coalitions, check_number
 from .inputs import whole_number
-from .modeling_tve import efficient, kept_and_removed
 from .patches import GridSize, as_pair
+from .trunk_backbone import efficient, kept_and_removed
 
 # Masked passes for each image, where nothing else is asked for.
 NUM_SAMPLES = 200

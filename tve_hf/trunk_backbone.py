@@ -1,4 +1,4 @@
-"""The explainer's trunk that reads what the backbone has computed already; it is ours, not the paper's.
+"""The explainer's trunk that reads what the backbone has computed already, and the additive form; not the paper's.
 
 Shapes: B images, N = rows * cols patches (row-major), D = embedding_dim.
 """
@@ -167,7 +167,7 @@ class TVEBackboneTrunk(TVEBackboneReader):
         hidden, embeddings = self.read(pixel_values, features, embeddings, patch_idx)
         if self.config.backgrounds == "random":
             phi, base_change = self.differences(hidden).chunk(2, dim=-1)  # 2 x (B, k, D)
-            phi = phi / self.config.num_patches
+            phi = phi / self.position_embeddings.shape[1]
             if self.pooled is not None and features is not None:
                 phi = phi + self.shares(features[self.pooled])
             evenly = torch.lerp(self.empty_embedding, embeddings.to(self.empty_embedding.dtype), self.keep_prob)
@@ -186,3 +186,41 @@ class TVEBackboneTrunk(TVEBackboneReader):
         )
         added = resized.flatten(2).transpose(1, 2) - self.empty_embedding
         return (1 + self.share_change) * added / added.shape[1]
+
+
+def kept_and_removed(phi: torch.Tensor, base: torch.Tensor, prob: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return kept and removed, (B, N, D) each, float32 since phi, (B, N, D), is small beside base, (B, D)."""
+    phi, base = phi.float(), base.float().unsqueeze(1)
+    return base + (1 - prob) * phi, base - prob * phi
+
+
+def phi_and_base(kept: torch.Tensor, removed: torch.Tensor, prob: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return phi (B, N, D) and base (B, D), float32, of kept and removed: the inverse of `kept_and_removed`."""
+    kept, removed = kept.float(), removed.float()
+    return kept - removed, (prob * kept + (1 - prob) * removed).mean(1)
+
+
+def embedding_of(coalitions: torch.Tensor, phi: torch.Tensor, base: torch.Tensor, prob: float) -> torch.Tensor:
+    """Predict G(S) of coalitions (B, K, N), boolean, from phi (B, N, D) and base (B, D): (B, K, D), float32."""
+    with torch.autocast(phi.device.type, enabled=False):
+        return base.float().unsqueeze(1) + (coalitions.float() - prob) @ phi.float()
+
+
+def efficient(
+    phi: torch.Tensor, empty: torch.Tensor, full: torch.Tensor, prob: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let patches share out all of G(x) - G(empty image): sum over z of phi_z, as Shapley values do.
+
+    What is missing goes to all patches alike; then S = nothing and S = everything are exact.
+
+    Args:
+        phi: (B, N, D).
+        empty: G of the empty image, (D,) or (B, D).
+        full: G(x), (B, D).
+
+    Returns:
+        phi (B, N, D) and base (B, D), float32.
+    """
+    phi, total = phi.float(), full.float() - empty.float()
+    phi = phi + ((total - phi.sum(1)) / phi.shape[1]).unsqueeze(1)
+    return phi, empty.float() + prob * total

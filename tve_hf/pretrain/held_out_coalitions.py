@@ -11,9 +11,9 @@ from torch import Tensor
 from ..attribution import of_class, rule_of
 from ..classifiers import SplitClassifier
 from ..configuration_tve import CoalitionName, TVEConfig
-from ..modeling_tve import embedding_of, phi_and_base
 from ..refinement import Refinement
 from ..sampling import sampled_meta_attribution
+from ..trunk_backbone import embedding_of, phi_and_base
 from ..verification import pearson, spearman
 from .held_out import HeldOut
 from .labels import embed_coalitions

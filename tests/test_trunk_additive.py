@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tve_hf.modeling_tve import efficient, embedding_of, kept_and_removed, phi_and_base
+from tve_hf.trunk_backbone import efficient, embedding_of, kept_and_removed, phi_and_base
 
 PATCHES, DIM = 5, 3
 
