@@ -1,6 +1,7 @@
 """Files that are whole or absent, and strict JSON."""
 
 import json
+import os
 
 import pytest
 
@@ -35,3 +36,13 @@ def test_files_are_replaced_together_or_not_at_all(tmp_path):
     write_together({path: lambda partial: partial.write_text("after") for path in (one, other)})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.txt", "other.txt"]
     assert one.read_text() == other.read_text() == "after"
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """A pipe, a device or a folder: renaming over it would do away with it, as root even with /dev/null."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for place in (pipe, tmp_path):
+        with pytest.raises(OSError, match=f"{place} is there and no file"):
+            write_together({place: lambda partial: partial.write_text("lost")})
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]

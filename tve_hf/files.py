@@ -30,6 +30,16 @@ def writing_to(folder: Path) -> Iterator[None]:
         raise Unwritable(f"{folder} takes no results ({reason}): {remedy}, or pass another --output.") from error
 
 
+def check_replaceable(path: Path) -> None:
+    """Refuse a path where something else than a file is, such as a folder or a device, which renaming would replace.
+
+    Raises:
+        OSError: Naming it.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is there and no file; name another one to write.")
+
+
 def write_whole(path: Path, save: Callable[[Path], Any]) -> None:
     """Write beside the file and rename, so that no half-written file stays behind."""
     write_together({path: save})
@@ -40,7 +50,12 @@ def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
 
     Args:
         files: what saves each, given the path to save to.
+
+    Raises:
+        OSError: If a place is that of a folder or a device.
     """
+    for path in files:
+        check_replaceable(path)
     unfinished = {path: path.with_name(f".{path.name}.partial{path.suffix}") for path in files}
     try:
         for path, save in files.items():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import dumps
+from ..files import check_replaceable, dumps
 from ..pipeline_tve import TransferableAttributionPipeline
 from .formats import Run, check_onnx, run_onnx, run_pt2, traced, write_onnx, write_pt2
 from .graph import OUTPUTS, ExplanationGraph
@@ -85,6 +85,7 @@ def export(
             f"The format of {output} is {kind!r}; name the file .onnx or .pt2, or pass one of {', '.join(FORMATS)}."
         )
     FORMATS[kind].check()
+    check_replaceable(output)
     graph = ExplanationGraph(explain, top_k).eval()
     config = describe(explain, graph)
     probe = graph.classifier.probe().float()
