@@ -5,8 +5,8 @@ fidelity gap of the maps stands beside loss and accuracy in `summary.csv`. The t
 
     python examples/train_timm.py --classifier resnet18 --dataset imagenette --output_dir resnet18-imagenette
 
-`--dataset` is a name on the Hub or a folder of images, parquet or arrow files. What is saved is a folder that
-`tve-hf explain --classifier` takes.
+`--dataset` is a name on the Hub or a folder of images, parquet or arrow files. The model is saved as timm saves for
+the Hub: `timm.create_model("local-dir:resnet18-imagenette", pretrained=True)` loads it, names of classes included.
 """
 
 from dataclasses import dataclass, field
@@ -63,9 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"{output} holds another run, in summary.csv; pass a new folder as output_dir.")
     set_seed(args.seed)
     data, names = load_data(args)
-    # With the names of the classes, by which explanations call them.
-    own = {"num_classes": len(names), "pretrained_cfg_overlay": {"label_names": names}}
-    model = timm.create_model(args.classifier, pretrained=args.pretrained, **own)
+    overlay = {"label_names": names}  # by which explanations call the classes
+    model = timm.create_model(args.classifier, args.pretrained, pretrained_cfg_overlay=overlay, num_classes=len(names))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
 

@@ -48,7 +48,8 @@ def blocks(document: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", document.read_text(), flags=re.DOTALL)
 
 
-WITH_PYTHON = [document for document in DOCUMENTS if blocks(document, "python")]
+# docs/loops.md needs a training of yours: tests/evaluation/test_callback.py has one, and runs it.
+WITH_PYTHON = [document for document in DOCUMENTS if blocks(document, "python") and document.name != "loops.md"]
 
 
 @pytest.mark.parametrize("document", WITH_PYTHON, ids=lambda path: str(path.relative_to(ROOT)))

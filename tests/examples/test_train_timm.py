@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ import tve_hf
 timm = pytest.importorskip("timm", reason="timm is not installed; `make test-extras` makes an environment that has it")
 
 EXPLAINED = 2
+GAP = 6  # pixels between the pictures of a sheet
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,12 @@ def explained(train) -> Path:
     return train(EXPLAINED)
 
 
+@pytest.fixture(scope="module")
+def watched(folder) -> list[Image.Image]:
+    test = datasets.load_dataset(str(folder), split="test")
+    return [*test.shuffle(seed=42).select(range(EXPLAINED))["image"]]
+
+
 def rows_of(output: Path) -> list[dict[str, float]]:
     with (output / "summary.csv").open() as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
@@ -69,23 +77,24 @@ def model_of(output: Path) -> torch.nn.Module:
     return timm.create_model(f"local-dir:{output}", pretrained=True).eval()
 
 
-def test_each_epoch_has_a_row_and_a_sheet(explained, folder):
+def test_each_epoch_has_a_row_and_a_sheet(explained, watched):
     rows = rows_of(explained)
     assert [row["epoch"] for row in rows] == [0, 1]
     assert rows[0]["train_loss"] != rows[1]["train_loss"] and rows[1]["lr"] == pytest.approx(rows[0]["lr"] / 2)
-    sheets = [Image.open(explained / f"explanations-{epoch}.png") for epoch in range(2)]
-    assert len([*explained.glob("*.png")]) == 2 and sheets[0].tobytes() != sheets[1].tobytes()
-    # Square photographs: a sheet grows by one cell with each.
-    photograph = Image.new("RGB", (40, 40))
-    expected = tve_hf.visualization.gallery([[photograph] * 2] * EXPLAINED, ["a", "b"])
-    assert sheets[0].height == expected.height
+    sheets = [np.asarray(Image.open(explained / f"explanations-{epoch}.png")) for epoch in range(2)]
+    assert len([*explained.glob("*.png")]) == 2 and (sheets[0] != sheets[1]).any()
+    photographs = np.asarray(tve_hf.visualization.gallery([[image] for image in watched]))
+    cells = photographs.shape[1] - GAP  # of one column, with the gap on its left
+    for sheet in sheets:  # names, photographs, maps; the header is above
+        height, left = len(photographs), sheet.shape[1] - GAP - 2 * cells
+        assert height < len(sheet) < height + cells / 2  # there is no further row
+        shown, maps = (sheet[-height:, x : x + cells] for x in (left, left + cells))
+        assert (shown == photographs[:, :cells]).all() and (maps != shown).any()
 
 
-def test_the_fidelity_gap_is_that_of_the_last_epochs_maps(explained, folder, example):
+def test_the_fidelity_gap_is_that_of_the_last_epochs_maps(explained, watched):
     split = tve_hf.split_classifier(model_of(explained))
-    test = datasets.load_dataset(str(folder), split="test")
-    images = [*test.shuffle(seed=42).select(range(EXPLAINED))["image"]]
-    pixels = split.image_processor(images, return_tensors="pt")["pixel_values"]
+    pixels = split.image_processor(watched, return_tensors="pt")["pixel_values"]
     classes = split(pixels).logits.argmax(-1)
     maps = tve_hf.methods.explain("sampled", split, pixels, classes)
     expected = tve_hf.fidelity(split, pixels, maps, classes).gap.mean().item()
@@ -99,7 +108,7 @@ def test_accuracy_is_that_of_timms_own_transform_and_the_saved_model_knows_its_c
     with torch.no_grad():
         found = model(torch.stack([transform(image) for image in test["image"]])).argmax(1)
     assert rows_of(explained)[-1]["eval_accuracy"] == (found == torch.tensor(test["label"])).float().mean()
-    assert tve_hf.split_classifier(explained).id2label == {0: "red", 1: "blue"}
+    assert tve_hf.split_classifier(model).id2label == {0: "red", 1: "blue"}
 
 
 def test_training_is_the_same_without_explanations(train, explained):
