@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
             sheet.save(output / f"explanations-{epoch}.png")
         rate = optimizer.param_groups[0]["lr"]
         update_summary(epoch, {"loss": sum(losses) / len(losses)}, found, output / "summary.csv", lr=rate)
-        tqdm.write(" ".join(f"{name} {value:.3f}" for name, value in found.items()))
+        tqdm.write(" ".join(f"{name} {value:.3g}" for name, value in found.items()))
         scheduler.step(epoch + 1)
     timm.models.save_for_hf(model, output, model_config={"label_names": names}, safe_serialization=True)
 
