@@ -48,8 +48,7 @@ def blocks(document: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", document.read_text(), flags=re.DOTALL)
 
 
-# docs/loops.md needs a training of yours: tests/evaluation/test_callback.py has one, and runs it.
-WITH_PYTHON = [document for document in DOCUMENTS if blocks(document, "python") and document.name != "loops.md"]
+WITH_PYTHON = [document for document in DOCUMENTS if blocks(document, "python")]
 
 
 @pytest.mark.parametrize("document", WITH_PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
