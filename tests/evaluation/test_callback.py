@@ -166,16 +166,20 @@ def test_what_is_missing_is_said_before_training(trainer_of):
         tve_hf.ExplanationCallback(trainer, IMAGES)
 
 
-def test_the_document_runs_as_it_stands(trainer_of, capsys):
+def test_the_document_runs_as_it_stands(trainer_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     datasets = pytest.importorskip("datasets")
     test_set = datasets.Dataset.from_dict(
         {"image": IMAGES * 2}, features=datasets.Features({"image": datasets.Image()})
     )
-    namespace = {"trainer": trainer_of(max_steps=2), "test_set": test_set, "tve_hf": tve_hf, "pipeline": pipeline}
+    trainer = trainer_of(max_steps=2)
+    namespace = {"trainer": trainer, "model": trainer.model, "image_processor": trainer.processing_class}
+    namespace |= {"test_set": test_set, "tve_hf": tve_hf, "pipeline": pipeline}
     text = (Path(__file__).parents[2] / "docs" / "loops.md").read_text()
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         exec(compile(block, "docs/loops.md", "exec"), namespace)
-    assert "eval_fidelity_gap" in namespace["trainer"].state.log_history[-2]
+    assert namespace["gap"] == trainer.state.log_history[-2]["eval_fidelity_gap"]  # by the callback
+    assert np.array_equal(Image.open("explanations.png"), namespace["sheet"])
     found = namespace["test_set"]
     for i, (expected,) in enumerate(namespace["explain"](IMAGES)):
         for row in (i, i + len(IMAGES)):

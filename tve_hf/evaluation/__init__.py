@@ -14,6 +14,7 @@ from .perturbation import (
     single_deletion,
 )
 from .sanity import class_sensitivity, randomization, sensitivity_max
+from .watching import WatchedImages
 
 __all__ = [
     "InsertionDeletion",
@@ -21,6 +22,7 @@ __all__ = [
     "Perturbation",
     "PointIoU",
     "SingleDeletion",
+    "WatchedImages",
     "class_sensitivity",
     "insertion_deletion",
     "localization",

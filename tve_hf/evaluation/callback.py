@@ -4,15 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, pipeline
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..fidelity import fidelity
-from ..visualization import gallery
+from .watching import WatchedImages
 
 _NAME = "eval/explanations"
-_LEVELS = 14  # of the curves of fidelity, on grids with so many patches
 
 
 def _to_tensorboard(writer: Any, sheet: Image.Image, step: int) -> None:
@@ -63,11 +60,8 @@ class ExplanationCallback(TrainerCallback):
     ):
         if trainer.processing_class is None:
             raise ValueError("The trainer has no image processor; pass it one as processing_class=.")
-        self.trainer, self.images = trainer, [*images]
-        if not self.images:
-            raise ValueError("There is no image to explain; pass at least one.")
-        self.options: dict[str, Any] = {"method": method, "method_kwargs": method_kwargs}
-        self._pipeline: Any = None  # around the model itself, whose weights go on changing
+        self.trainer = trainer
+        self.watched = WatchedImages(images, trainer.processing_class, method, method_kwargs)
 
     def on_evaluate(
         self,
@@ -77,15 +71,7 @@ class ExplanationCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        model = self.trainer.model
-        was_training = model.training
-        model.eval()
-        try:
-            # Loading models draws numbers, which the training would miss.
-            with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-                gap, sheet = self._explained(model)
-        finally:
-            model.train(was_training)
+        gap, sheet = self.watched(self.trainer.model)
         found = {"eval_fidelity_gap": gap}
         if metrics is not None:
             metrics.update(found)
@@ -96,22 +82,3 @@ class ExplanationCallback(TrainerCallback):
             for attribute, log in _TRACKERS.items():
                 if getattr(callback, attribute, None) is not None:
                     log(getattr(callback, attribute), sheet, state.global_step)
-
-    def _explained(self, model: Any) -> tuple[float, Image.Image]:
-        """The mean fidelity of the maps, and the photographs with their maps beside them."""
-        if self._pipeline is None:
-            self._pipeline = pipeline(
-                "transferable-attribution",
-                classifier=model,
-                image_processor=self.trainer.processing_class,
-                device=model.device,
-                **self.options,
-            )
-        found = [one for (one,) in self._pipeline(self.images)]
-        scores = torch.from_numpy(np.stack([one["attribution"] for one in found]))
-        classes = torch.tensor([one["class_idx"] for one in found])
-        levels = min(_LEVELS, scores[0].numel() + 1)
-        judged = fidelity(self._pipeline.classifier, self.images, scores, classes, num_levels=levels)
-        rows = [[one.photograph.image(), one["overlay"]] for one in found]
-        titles = [f"{one['label']} {one['score']:.0%}" for one in found]
-        return judged.gap.mean().item(), gallery(rows, ["photograph", "map"], titles)
