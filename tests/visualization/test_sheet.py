@@ -47,4 +47,4 @@ def test_text_stays_within_its_width(text):
     ],
 )
 def test_the_range_says_what_one_coloured_maps_mean(scores, words):
-    assert words in sheet._range(np.array([scores]))
+    assert words in sheet.score_range(np.array([scores]))

@@ -4,6 +4,7 @@ from ..geometry import Region
 from .drawing import MAX_SIZE, Explanation, Photograph, color_limit, figure, heatmap, overlay
 from .html import picture_html
 from .sheet import gallery
+from .vector import savefig
 
 __all__ = [
     "MAX_SIZE",
@@ -16,4 +17,5 @@ __all__ = [
     "heatmap",
     "overlay",
     "picture_html",
+    "savefig",
 ]

@@ -4,10 +4,9 @@ Drawing comes after the attribution and never changes it.
 """
 
 import copy
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from enum import Enum
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from PIL import Image
 from ..geometry import PatchMap, Region, covered_pixels
 from .colors import PALETTE, STEPS, ZERO
 from .html import explanation_html
+from .lazy import ReadingDict, Undrawn
 from .sheet import PANEL, Panel, sheet
 
 MAX_SIZE = 1600  # pixels of a picture's longer side
@@ -24,6 +24,8 @@ _NOTE = f"colours end at the {_PERCENTILE}th percentile of |score|"
 _ALPHA = 0.65
 _ROWS = 256  # drawn at a time, so that large pictures need little memory
 _UNPACKED = 2**19  # pixels of the largest photograph that is kept as it is
+
+_Drawn = TypeVar("_Drawn")
 
 
 def color_limit(scores: torch.Tensor | np.ndarray) -> float:
@@ -185,24 +187,7 @@ def _on_size(region: Region, size: tuple[int, ...], other: tuple[int, ...]) -> R
     return region[0] * x, region[1] * y, region[2] * x, region[3] * y
 
 
-if TYPE_CHECKING:
-    _Dict = dict[str, Any]
-else:
-
-    class _Dict(MutableMapping, dict):
-        """A dict whose `get`, `items`, `values`, `pop` and the like read by its `__getitem__`."""
-
-
-class _Undrawn(Enum):
-    """What stands in a result for a picture that nobody asked for yet; it stays itself when pickled."""
-
-    YET = 0
-
-    def __repr__(self) -> str:
-        return "<drawn when asked for>"
-
-
-class Explanation(_Dict):
+class Explanation(ReadingDict):
     """What is found of one image and class: a dict whose pictures are drawn when they are first asked for.
 
     - **heatmap**: the map on the photograph's pixels, (H, W) float32 in [0, 1]; 0.5 is zero. See `heatmap`.
@@ -220,12 +205,12 @@ class Explanation(_Dict):
     """
 
     def __init__(self, values: dict[str, Any], photograph: Photograph, unit: str = "score", smooth: bool = True):
-        dict.__init__(self, values, **dict.fromkeys(_DRAWN, _Undrawn.YET))
+        dict.__init__(self, values, **dict.fromkeys(_DRAWN, Undrawn.YET))
         self.photograph, self.unit, self.smooth = photograph, unit, smooth
 
     def __getitem__(self, key: str) -> Any:
         value = dict.__getitem__(self, key)
-        if value is _Undrawn.YET:
+        if value is Undrawn.YET:
             value = self[key] = _DRAWN[key](self)
         return value
 
@@ -274,6 +259,11 @@ def figure(explanations: Explanation | Sequence[Explanation]) -> Image.Image:
     Raises:
         ValueError: if there is none, or they are of several photographs or units.
     """
+    return laid_out(explanations, sheet)
+
+
+def laid_out(explanations: Explanation | Sequence[Explanation], draw: Callable[..., _Drawn]) -> _Drawn:
+    """What `draw` makes of the parts of a figure; it takes the arguments of `sheet`."""
     shown = [explanations] if isinstance(explanations, Explanation) else list(explanations)
     if len({(id(one.photograph), one.unit) for one in shown}) != 1:
         raise ValueError("A figure shows one photograph or more classes of it in one unit; draw one figure for each.")
@@ -290,7 +280,7 @@ def figure(explanations: Explanation | Sequence[Explanation]) -> Image.Image:
     ]
     ramp = np.broadcast_to(np.linspace(0, 1, 512), (16, 512))
     scale = overlay(Image.new("RGB", (512, 16), (170, 170, 170)), ramp)
-    return sheet(photograph.image(), panels, scale, limit, shown[0].unit, _NOTE, shown[0].smooth)
+    return draw(photograph.image(), panels, scale, limit, shown[0].unit, _NOTE, shown[0].smooth)
 
 
 _DRAWN: dict[str, Callable[[Explanation], Any]] = {

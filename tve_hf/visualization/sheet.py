@@ -13,6 +13,7 @@ _CELL, _GAP, _HEADER = 224, 6, 24  # of a gallery, pixels
 _MARGIN, _NARROWEST = 16, 280  # of a figure; a column is at least so wide, for its title
 _LARGE, _SMALL = 18, 14
 _COLUMNS = 4
+SIDES = "against the class", "for the class"  # of zero
 _INK, _FAINT = (20, 20, 20), (90, 90, 90)
 # Pillow's own font has little but ASCII; these are looked for where the system keeps fonts.
 _FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "Arial.ttf", "arial.ttf", "msyh.ttc")
@@ -51,29 +52,43 @@ def sheet(
     """
     width, height = photograph.size
     column, row = max(width, _NARROWEST), 2 * _SMALL + _LARGE + height + 2 * _GAP + _MARGIN
-    across = 1 if width > 2 * height else min(len(panels) + 1, _COLUMNS)
-    down = -(-(len(panels) + 1) // across)
+    columns = across(photograph, panels)
+    down = -(-(len(panels) + 1) // columns)
     legend = scale.height + 4 * (_SMALL + _GAP)
-    total = max(across * (column + _MARGIN), scale.width + 2 * _MARGIN) + _MARGIN
+    total = max(columns * (column + _MARGIN), scale.width + 2 * _MARGIN) + _MARGIN
     page = Image.new("RGB", (total, _MARGIN + down * row + legend + _MARGIN), "white")
-    left = (total - across * (column + _MARGIN) + _MARGIN) // 2
-    rows, columns = panels[0].scores.shape
-    how = "smoothed" if smooth else "as blocks"
-    first = Panel(photograph, "photograph", f"maps of {rows} x {columns} patches, {how}", np.empty(0))
-    for place, panel in enumerate([first, *panels]):
-        x, y = left + place % across * (column + _MARGIN), _MARGIN + place // across * row
+    left = (total - columns * (column + _MARGIN) + _MARGIN) // 2
+    for place, panel in enumerate(with_photograph(photograph, panels, smooth)):
+        x, y = left + place % columns * (column + _MARGIN), _MARGIN + place // columns * row
         middle = x + column / 2
         _write(page, (middle, y), panel.title, _LARGE, column)
         _write(page, (middle, y + _LARGE + _GAP), panel.subtitle, _SMALL, column, _FAINT)
         y += _LARGE + _SMALL + 2 * _GAP + _GAP
         page.paste(panel.picture, (x + (column - width) // 2, y))
         if panel.scores.size:
-            _write(page, (middle, y + height + 2), _range(panel.scores), _SMALL, column, _FAINT)
+            _write(page, (middle, y + height + 2), score_range(panel.scores), _SMALL, column, _FAINT)
     _legend(page, scale, _MARGIN + down * row + _GAP, limit, unit, note)
     return page
 
 
-def _range(scores: np.ndarray) -> str:
+def across(photograph: Image.Image, panels: Sequence[Panel]) -> int:
+    """How many pictures of a figure stand side by side."""
+    return 1 if photograph.width > 2 * photograph.height else min(len(panels) + 1, _COLUMNS)
+
+
+def with_photograph(photograph: Image.Image, panels: Sequence[Panel], smooth: bool) -> list[Panel]:
+    """The pictures of a figure: the photograph, with what is said of all maps, and the maps."""
+    rows, columns = panels[0].scores.shape
+    how = "smoothed" if smooth else "as blocks"
+    return [Panel(photograph, "photograph", f"maps of {rows} x {columns} patches, {how}", np.empty(0)), *panels]
+
+
+def ticks(limit: float) -> dict[float, str]:
+    """What is marked on the scale, by its share of the width; a map of nothing but zeros has none but zero."""
+    return {0.0: f"{-limit:.2g}", 0.5: "0", 1.0: f"{limit:+.2g}"} if limit else {0.5: "0"}
+
+
+def score_range(scores: np.ndarray) -> str:
     """The range of a map in words, and whether it lies on one side of zero."""
     low, high = float(np.min(scores)), float(np.max(scores))
     if low == high == 0:
@@ -88,14 +103,12 @@ def _legend(page: Image.Image, scale: Image.Image, y: int, limit: float, unit: s
     draw = ImageDraw.Draw(page)
     draw.rectangle((x - 1, y - 1, x + scale.width, y + scale.height), outline=_FAINT)
     bottom = y + scale.height
-    # A map of nothing but zeros has no scale: then only zero is marked.
-    ticks = {0.0: f"{-limit:.2g}", 0.5: "0", 1.0: f"{limit:+.2g}"} if limit else {0.5: "0"}
-    for share, text in ticks.items():
+    for share, text in ticks(limit).items():
         at = x + round(share * (scale.width - 1))
         draw.line((at, y, at, bottom + 4), fill=_INK)
         _write(page, (at, bottom + _GAP), text, _SMALL)
     below = bottom + 2 * _GAP + _SMALL
-    against, supports = "against the class", "for the class"
+    against, supports = SIDES
     _write(page, (x + _length(against, _SMALL) / 2, below), against, _SMALL, color=_FAINT)
     _write(page, (x + scale.width / 2, below), unit, _SMALL, scale.width - 240)
     _write(page, (x + scale.width - _length(supports, _SMALL) / 2, below), supports, _SMALL, color=_FAINT)
