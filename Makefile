@@ -52,7 +52,7 @@ test-extras: $(EXTRAS_VENV)/.installed
 	$(EXTRAS_VENV)/bin/python -m pytest -n auto tests/classifiers/test_timm.py tests/classifiers/test_every_class.py -k timm
 	$(EXTRAS_VENV)/bin/python -m pytest tests/test_readme.py -k 'python and your_model or shell and loops'
 	$(EXTRAS_VENV)/bin/python -m pytest -m slow tests/pretrain/test_launch.py
-	$(EXTRAS_VENV)/bin/python -m pytest -m 'slow or not slow' tests/examples/space tests/evaluation/test_callback.py \
+	$(EXTRAS_VENV)/bin/python -m pytest -n auto --dist loadfile -m 'slow or not slow' tests/examples/space tests/evaluation/test_callback.py \
 		tests/examples/test_train_timm.py
 
 timm-table: $(EXTRAS_VENV)/.installed
