@@ -83,7 +83,10 @@ def test_the_same_command_goes_on(arguments, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("interrupt", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_it_says_what_is_done(arguments, tmp_path, capsys, monkeypatch, interrupt, code):
+def test_interrupted_it_says_what_is_done(arguments, tmp_path, capsys, monkeypatch, request, interrupt, code):
+    if interrupt == signal.SIGINT:  # which a shell lets its background jobs ignore
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
     results_of = run.results_of
     monkeypatch.setattr(run, "results_of", at_call(4, lambda *_: os.kill(os.getpid(), interrupt), results_of))
     assert main(arguments) == code
