@@ -35,7 +35,7 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
-# timm, DeepSpeed, Gradio and a browser in an environment of their own: the package neither needs nor excludes them. Of
+# timm, DeepSpeed, Ray, Gradio and axe in an environment of their own: the package neither needs nor excludes them. Of
 # torchvision, which timm asks for, the Python parts are enough, so the build need not fit torch:
 # see tests/torchvision_ops.py.
 $(EXTRAS_VENV)/.installed: pyproject.toml
@@ -44,16 +44,17 @@ $(EXTRAS_VENV)/.installed: pyproject.toml
 	$(EXTRAS_VENV)/bin/pip install --quiet --editable '.[dev]'
 	$(EXTRAS_VENV)/bin/pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
 	$(EXTRAS_VENV)/bin/pip install --quiet deepspeed==0.19.8
-	$(EXTRAS_VENV)/bin/pip install --quiet gradio==6.31.0 selenium==4.51.0 tensorboard==2.21.0
-	-npm install --silent --prefix $(EXTRAS_VENV) axe-core@4.14.1
+	$(EXTRAS_VENV)/bin/pip install --quiet gradio==6.31.0 selenium==4.51.0 tensorboard==2.21.0 'ray[data]==2.60.0'
+	npm install --silent --prefix $(EXTRAS_VENV) axe-core@4.14.1
 	touch $@
 
 test-extras: $(EXTRAS_VENV)/.installed
 	$(EXTRAS_VENV)/bin/python -m pytest -n auto tests/classifiers/test_timm.py tests/classifiers/test_every_class.py -k timm
 	$(EXTRAS_VENV)/bin/python -m pytest tests/test_readme.py -k 'python and your_model or shell and loops'
 	$(EXTRAS_VENV)/bin/python -m pytest -m slow tests/pretrain/test_launch.py
-	$(EXTRAS_VENV)/bin/python -m pytest -n auto --dist loadfile -m 'slow or not slow' tests/examples/space tests/evaluation/test_callback.py \
-		tests/examples/test_train_timm.py
+	$(EXTRAS_VENV)/bin/python -m pytest -n auto --dist loadfile -m 'slow or not slow' \
+		tests/examples/space tests/evaluation/test_callback.py tests/examples/test_train_timm.py \
+		tests/examples/test_bulk_ray.py
 
 timm-table: $(EXTRAS_VENV)/.installed
 	$(EXTRAS_VENV)/bin/python tests/timm_families.py --output docs/timm.md

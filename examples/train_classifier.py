@@ -43,16 +43,22 @@ from tve_hf import split_classifier
 from tve_hf.images import load_image
 
 
-@dataclass
-class Arguments:
+@dataclass(kw_only=True)
+class DataArguments:
+    """What is trained on: two splits of an image data set."""
+
     dataset: str = field(metadata={"help": "Image data set: a name on the Hub, or a folder."})
-    classifier: str | None = field(default=None, metadata={"help": "Pre-trained model to start from."})
-    config: str | None = field(default=None, metadata={"help": "Folder with a model's config, to train from scratch."})
-    freeze_backbone: bool = field(default=False, metadata={"help": "Train the head alone."})
     train_split: str = field(default="train")
     test_split: str = field(default="test")
     image_column: str = field(default="image")
     label_column: str = field(default="label")
+
+
+@dataclass(kw_only=True)
+class Arguments(DataArguments):
+    classifier: str | None = field(default=None, metadata={"help": "Pre-trained model to start from."})
+    config: str | None = field(default=None, metadata={"help": "Folder with a model's config, to train from scratch."})
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train the head alone."})
     flip: bool = field(default=True, metadata={"help": "Mirror every second training image."})
 
 
@@ -92,7 +98,7 @@ def freeze_backbone(model: PreTrainedModel, image_processor: Any) -> None:
         model.get_submodule(name).requires_grad_(True)
 
 
-def load_data(args: Arguments) -> tuple[DatasetDict, list[str]]:
+def load_data(args: DataArguments) -> tuple[DatasetDict, list[str]]:
     """The two splits, with encoded images, and the names of the classes."""
     data = load_dataset(args.dataset)
     wanted = (args.train_split, args.test_split, args.image_column, args.label_column)

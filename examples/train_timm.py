@@ -22,23 +22,18 @@ from timm.utils import update_summary
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from train_classifier import load_data
+from train_classifier import DataArguments, load_data
 from transformers import HfArgumentParser, set_seed
 
 from tve_hf.evaluation import WatchedImages
 from tve_hf.images import load_image
 
 
-@dataclass
-class Arguments:
-    dataset: str = field(metadata={"help": "Image data set: a name on the Hub, or a folder."})
+@dataclass(kw_only=True)
+class Arguments(DataArguments):
     classifier: str = field(metadata={"help": "Name of a model of timm."})
     output_dir: str = field(metadata={"help": "A new folder for the model, summary.csv and sheets of maps."})
     pretrained: bool = field(default=True, metadata={"help": "Start from the weights that timm has for the model."})
-    train_split: str = field(default="train")
-    test_split: str = field(default="test")
-    image_column: str = field(default="image")
-    label_column: str = field(default="label")
     num_explained: int = field(default=4, metadata={"help": "Validation images to explain; 0 explains none."})
     learning_rate: float = 2e-4
     weight_decay: float = 0.05

@@ -78,7 +78,7 @@ def said(function: Callable, number: int) -> Callable:
         path = first.path if isinstance(first, Answer) else first
         try:
             found = function(first, *others)
-        except Exception as error:  # a stranger's model may raise anything
+        except Exception as error:  # a stranger's model may raise anything; what is unforeseen is logged in full
             text = sentence(error)
             if not is_expected(error):
                 logger.exception("unexpected")

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import datasets
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from interruptions import at_call, die, fill_disk, in_a_fork
@@ -161,13 +162,12 @@ def test_processes_share_the_work(arguments, tmp_path, monkeypatch, capsys, more
 
 def kill(launcher: int) -> None:
     """End a launcher and the processes that it started, which have sessions of their own."""
-    started = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    for process in (launcher, *map(int, started)):
-        os.kill(process, signal.SIGKILL)
+    process = psutil.Process(launcher)  # psutil comes with accelerate
+    for one in (process, *process.children(recursive=True)):
+        one.kill()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
 def test_launched_by_accelerate_and_killed(arguments, tmp_path):
     """Two real processes, both of which SIGKILL ends in the middle."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]

@@ -23,7 +23,11 @@ needs_onnx = pytest.mark.skipif(OLD_TORCH, reason=f"ONNX needs torch {formats.TO
 ROOT = Path(__file__).parents[2]
 TOP_K = 3
 # A ViT whose images are squashed and a CNN whose images are cropped, each with both kinds of explainer.
-CASES = [(name, backgrounds) for name in ("vit", "resnet") for backgrounds in ("random", "antithetical")]
+CASES = [
+    pytest.param((name, backgrounds), id=f"{name}-{backgrounds}", marks=needs_onnx)
+    for name in ("vit", "resnet")
+    for backgrounds in ("random", "antithetical")
+]
 
 
 def processor_of(name: str, side: int):
@@ -50,11 +54,9 @@ def explains(shared_model, specs):
     return make
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
+@pytest.fixture(scope="module", params=CASES)
 def exported(request, explains, tmp_path_factory):
     """A pipeline, and the ONNX file that was made of it."""
-    if OLD_TORCH:
-        pytest.skip(f"ONNX needs torch {formats.TORCH}")
     explain = explains(*request.param)
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     return explain, path, export(explain, path)

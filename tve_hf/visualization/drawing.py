@@ -6,7 +6,7 @@ Drawing comes after the attribution and never changes it.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from ..geometry import PatchMap, Region, covered_pixels
 from .colors import PALETTE, STEPS, ZERO
 from .html import explanation_html
 from .lazy import ReadingDict, Undrawn
-from .sheet import PANEL, Panel, sheet
+from .sheet import PANEL, Panel, Parts, sheet
 
 MAX_SIZE = 1600  # pixels of a picture's longer side
 _PERCENTILE = 98  # of |score|, where colours end
@@ -24,8 +24,6 @@ _NOTE = f"colours end at the {_PERCENTILE}th percentile of |score|"
 _ALPHA = 0.65
 _ROWS = 256  # drawn at a time, so that large pictures need little memory
 _UNPACKED = 2**19  # pixels of the largest photograph that is kept as it is
-
-_Drawn = TypeVar("_Drawn")
 
 
 def color_limit(scores: torch.Tensor | np.ndarray) -> float:
@@ -259,11 +257,11 @@ def figure(explanations: Explanation | Sequence[Explanation]) -> Image.Image:
     Raises:
         ValueError: if there is none, or they are of several photographs or units.
     """
-    return laid_out(explanations, sheet)
+    return sheet(parts_of(explanations))
 
 
-def laid_out(explanations: Explanation | Sequence[Explanation], draw: Callable[..., _Drawn]) -> _Drawn:
-    """What `draw` makes of the parts of a figure; it takes the arguments of `sheet`."""
+def parts_of(explanations: Explanation | Sequence[Explanation]) -> Parts:
+    """What `figure` shows, to be laid out."""
     shown = [explanations] if isinstance(explanations, Explanation) else list(explanations)
     if len({(id(one.photograph), one.unit) for one in shown}) != 1:
         raise ValueError("A figure shows one photograph or more classes of it in one unit; draw one figure for each.")
@@ -280,7 +278,7 @@ def laid_out(explanations: Explanation | Sequence[Explanation], draw: Callable[.
     ]
     ramp = np.broadcast_to(np.linspace(0, 1, 512), (16, 512))
     scale = overlay(Image.new("RGB", (512, 16), (170, 170, 170)), ramp)
-    return draw(photograph.image(), panels, scale, limit, shown[0].unit, _NOTE, shown[0].smooth)
+    return Parts(photograph.image(), panels, scale, limit, shown[0].unit, _NOTE, shown[0].smooth)
 
 
 _DRAWN: dict[str, Callable[[Explanation], Any]] = {

@@ -31,25 +31,32 @@ class Panel:
     scores: np.ndarray
 
 
-def sheet(
-    photograph: Image.Image,
-    panels: Sequence[Panel],
-    scale: Image.Image,
-    limit: float,
-    unit: str,
-    note: str,
-    smooth: bool,
-) -> Image.Image:
-    """Lay out a photograph, its maps and their one scale.
+@dataclass(frozen=True)
+class Parts:
+    """What a figure shows.
 
     Args:
         photograph: of the size of each panel's picture.
+        panels: its maps.
         scale: the colours from -limit on the left to limit on the right.
         limit: the score where colours end.
         unit: of the scores.
         note: said below the scale.
         smooth: whether the maps are drawn smoothly.
     """
+
+    photograph: Image.Image
+    panels: Sequence[Panel]
+    scale: Image.Image
+    limit: float
+    unit: str
+    note: str
+    smooth: bool
+
+
+def sheet(parts: Parts) -> Image.Image:
+    """Lay out a photograph, its maps and their one scale."""
+    photograph, panels, scale = parts.photograph, parts.panels, parts.scale
     width, height = photograph.size
     column, row = max(width, _NARROWEST), 2 * _SMALL + _LARGE + height + 2 * _GAP + _MARGIN
     columns = across(photograph, panels)
@@ -58,7 +65,7 @@ def sheet(
     total = max(columns * (column + _MARGIN), scale.width + 2 * _MARGIN) + _MARGIN
     page = Image.new("RGB", (total, _MARGIN + down * row + legend + _MARGIN), "white")
     left = (total - columns * (column + _MARGIN) + _MARGIN) // 2
-    for place, panel in enumerate(with_photograph(photograph, panels, smooth)):
+    for place, panel in enumerate(with_photograph(photograph, panels, parts.smooth)):
         x, y = left + place % columns * (column + _MARGIN), _MARGIN + place // columns * row
         middle = x + column / 2
         _write(page, (middle, y), panel.title, _LARGE, column)
@@ -67,7 +74,7 @@ def sheet(
         page.paste(panel.picture, (x + (column - width) // 2, y))
         if panel.scores.size:
             _write(page, (middle, y + height + 2), score_range(panel.scores), _SMALL, column, _FAINT)
-    _legend(page, scale, _MARGIN + down * row + _GAP, limit, unit, note)
+    _legend(page, _MARGIN + down * row + _GAP, parts)
     return page
 
 
@@ -97,22 +104,23 @@ def score_range(scores: np.ndarray) -> str:
     return f"{low:+.2g} to {high:+.2g}{aside}"
 
 
-def _legend(page: Image.Image, scale: Image.Image, y: int, limit: float, unit: str, note: str) -> None:
+def _legend(page: Image.Image, y: int, parts: Parts) -> None:
+    scale = parts.scale
     x = (page.width - scale.width) // 2
     page.paste(scale, (x, y))
     draw = ImageDraw.Draw(page)
     draw.rectangle((x - 1, y - 1, x + scale.width, y + scale.height), outline=_FAINT)
     bottom = y + scale.height
-    for share, text in ticks(limit).items():
+    for share, text in ticks(parts.limit).items():
         at = x + round(share * (scale.width - 1))
         draw.line((at, y, at, bottom + 4), fill=_INK)
         _write(page, (at, bottom + _GAP), text, _SMALL)
     below = bottom + 2 * _GAP + _SMALL
     against, supports = SIDES
     _write(page, (x + _length(against, _SMALL) / 2, below), against, _SMALL, color=_FAINT)
-    _write(page, (x + scale.width / 2, below), unit, _SMALL, scale.width - 240)
+    _write(page, (x + scale.width / 2, below), parts.unit, _SMALL, scale.width - 240)
     _write(page, (x + scale.width - _length(supports, _SMALL) / 2, below), supports, _SMALL, color=_FAINT)
-    _write(page, (x + scale.width / 2, below + _SMALL + _GAP), note, _SMALL, scale.width, _FAINT)
+    _write(page, (x + scale.width / 2, below + _SMALL + _GAP), parts.note, _SMALL, scale.width, _FAINT)
 
 
 def gallery(

@@ -3,16 +3,14 @@
 import os
 import textwrap
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..files import write_whole
-from .drawing import Explanation, laid_out
-from .sheet import PANEL, SIDES, Panel, across, score_range, ticks, with_photograph
+from .drawing import Explanation, parts_of
+from .sheet import PANEL, SIDES, Parts, across, score_range, ticks, with_photograph
 
 _DPI = 300  # what journals ask of photographs
 _SIZE, _LINE = 6, 32  # points of text, and characters of a line above a picture
@@ -52,23 +50,15 @@ def savefig(explanations: Explanation | Sequence[Explanation], path: str | os.Pa
         raise ImportError("PDF and SVG figures need matplotlib: `pip install matplotlib`.") from None
     with rc_context(_STYLE):
         page = Figure(layout="constrained")
-        laid_out(explanations, partial(_lay_out, page))
+        _lay_out(page, parts_of(explanations))
         facts = dict.fromkeys(["Date"] if ending == ".svg" else ["CreationDate"])  # none: the same file each time
         write_whole(path, lambda file: page.savefig(file, format=ending[1:], dpi=_DPI, metadata=facts))
 
 
-def _lay_out(
-    page: Any,
-    photograph: Image.Image,
-    panels: Sequence[Panel],
-    scale: Image.Image,
-    limit: float,
-    unit: str,
-    note: str,
-    smooth: bool,
-) -> None:
-    """Put on a figure of matplotlib what `sheet` draws; the arguments after it are those of `sheet`."""
-    columns, pictures = across(photograph, panels), with_photograph(photograph, panels, smooth)
+def _lay_out(page: Any, parts: Parts) -> None:
+    """Put on a figure of matplotlib what `sheet` draws."""
+    photograph, panels = parts.photograph, parts.panels
+    columns, pictures = across(photograph, panels), with_photograph(photograph, panels, parts.smooth)
     rows = -(-len(pictures) // columns)
     width, height = (side / _DPI for side in photograph.size)
     column, row = max(width, PANEL / _DPI) + _GAP, height + 6 * _SIZE / 72 + _GAP
@@ -85,10 +75,10 @@ def _lay_out(
         if panel.scores.size:
             axes.set_xlabel(score_range(panel.scores), fontsize=_SIZE)
     bar = below.add_subplot()
-    bar.imshow(np.asarray(scale), interpolation="none", aspect="auto", extent=(0, 1, 0, 1))
-    marked = ticks(limit)
+    bar.imshow(np.asarray(parts.scale), interpolation="none", aspect="auto", extent=(0, 1, 0, 1))
+    marked = ticks(parts.limit)
     bar.set_xticks([*marked], [*marked.values()], fontsize=_SIZE)
     bar.set_yticks([])
-    bar.set_xlabel(f"{unit}\n{note}", fontsize=_SIZE)
+    bar.set_xlabel(f"{parts.unit}\n{parts.note}", fontsize=_SIZE)
     for side, text in zip(("left", "right"), SIDES, strict=True):
         bar.set_title(text, loc=side, fontsize=_SIZE)

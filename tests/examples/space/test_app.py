@@ -140,7 +140,7 @@ def test_ten_visitors_at_once(served, photo):
 
 @pytest.fixture
 def browser(tmp_path):
-    """Headless Chromium, as wide as a desktop."""
+    """Headless Chromium, as wide as a desktop: a program of the system, which pip cannot install."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
     programs = [
         next(filter(None, map(shutil.which, names)), None)
@@ -255,8 +255,6 @@ def test_keys_alone_suffice(browser, served):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_stands_in_the_way_of_people(browser, served, photo, theme, width):
-    if not AXE.exists():
-        pytest.skip("needs axe-core, as `make test-extras` installs it")
     phone = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     browser.get(f"{served.address}?__theme={theme}")
