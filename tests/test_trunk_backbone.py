@@ -40,6 +40,42 @@ def test_without_training_maps_over_a_pooled_map_are_class_activation_maps() -> 
     assert torch.equal((again.kept - again.removed)[..., 2], torch.zeros(BATCH, ROWS * COLS))
 
 
+def test_random_backgrounds_teach_what_all_patches_add_and_what_tells_them_apart() -> None:
+    """In a game whose phi is known, and whose sum over the patches is far larger than any difference between them."""
+    torch.manual_seed(0)
+    side, generator = 10, torch.Generator().manual_seed(1)
+    sizes = {
+        "image_size": side,
+        "grid_size": side,
+        "embedding_dim": 4,
+        "feature_dims": [8],
+        "feature_names": ["stage"],
+    }
+    explainer = TVEExplainer(backbone_config(backgrounds="random", num_hidden_layers=0, **sizes))
+    to_phi = torch.randn(8, 4, generator=generator) * 0.03 / 8**0.5
+    optimizer = torch.optim.AdamW(explainer.parameters(), lr=1e-3)
+
+    def game() -> tuple[torch.Tensor, dict]:
+        feature_map = torch.randn(16, 8, side, side, generator=generator)
+        rest = {"pixel_values": torch.zeros(16, 3, side, side), "embeddings": torch.zeros(16, 4)}
+        return feature_map.flatten(2).mT @ to_phi + 1 / side**2, rest | {"features": (feature_map,)}
+
+    for _ in range(150):
+        phi, inputs = game()
+        coalitions = explainer.config.distribution.draw(16, 8, (side, side), generator)
+        labels = (coalitions.float() - 0.5) @ phi
+        explainer(**inputs, coalitions=coalitions, coalition_labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    phi, inputs = game()
+    with torch.no_grad():
+        out = explainer(**inputs)
+    found = out.kept - out.removed
+    assert (found.sum(1) / phi.sum(1)).mean().item() == pytest.approx(1, abs=0.05)
+    apart, wanted = (values - values.mean(1, keepdim=True) for values in (found, phi))
+    assert (apart - wanted).norm() < 0.65 * wanted.norm()  # 1: nothing of it
+
+
 def test_a_share_missing_from_a_checkpoint_starts_at_one(tmp_path) -> None:
     config = backbone_config(backgrounds="random", feature_dims=[4, DIM], pooled_feature="norm")
     state = (explainer := build(config)).state_dict()

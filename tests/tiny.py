@@ -48,7 +48,8 @@ def make_explainer(classifier: SplitClassifier, **settings: Any) -> TVEExplainer
     explainer = TVEExplainer(config).eval()
     with torch.no_grad():
         explainer.empty_embedding.copy_(classifier.embed(torch.zeros_like(classifier.probe()))[0])
-        explainer.trunk.differences.weight.normal_(std=0.2)
+        for name in explainer.trunk.heads:
+            explainer.trunk.get_submodule(name).weight.normal_(std=0.2)
     return explainer
 
 

@@ -119,8 +119,9 @@ class FoldedHead(NamedTuple):
     """The last layer of an explainer and an affine head on it, as one, for all classes of the head or some.
 
     Args:
-        weight: from hidden states to the logits of the trunk's two predictions, (R, 2, hidden).
-        bias: likewise, (R, 2), without that of the head.
+        weight: from hidden states to the logits of the trunk's two predictions, (R, 2, hidden). For random backgrounds
+            (R, 3, hidden): to phi from each patch's, then to phi and to base from their mean.
+        bias: likewise, (R, 2) or (R, 3), without that of the head.
         empty: logits of the empty image, (R,).
         share: from the pooled feature map to the logits of what each position adds to its mean, (R, D); None if the
             predictions start from no such map.
@@ -134,16 +135,13 @@ class FoldedHead(NamedTuple):
     @classmethod
     def of(cls, trunk: TVEBackboneTrunk, head: AffineMap) -> "FoldedHead":
         """Fold a head, all R = C classes of it, into the trunk of an explainer."""
-        dim, num_patches = len(trunk.empty_embedding), trunk.position_embeddings.shape[1]
         empty = trunk.empty_embedding.float()
-        weight = head.weight @ trunk.differences.weight.float().view(2, dim, -1)  # (2, C, hidden)
-        bias = trunk.differences.bias.float().view(2, dim) @ head.weight.T  # (2, C)
-        if trunk.config.backgrounds == "random":  # of which the trunk predicts N phi
-            weight[0] /= num_patches
-            bias[0] /= num_patches
+        weight, bias = trunk.last_layer()
+        weight = head.weight @ weight  # (2 or 3, C, hidden)
+        bias = bias @ head.weight.T  # (2 or 3, C)
         share = None
         if trunk.pooled is not None:
-            share = head.weight * (1 + trunk.share_change.float()) / num_patches
+            share = head.weight * (1 + trunk.share_change.float()) / trunk.position_embeddings.shape[1]
             bias[0] -= share @ empty
         weight, bias = weight.transpose(0, 1).contiguous(), bias.T.contiguous()
         return cls(weight, bias, head.weight @ empty + head.bias, share)
@@ -165,16 +163,17 @@ class FoldedHead(NamedTuple):
             full: the classifier's own logits of these classes, (B, R).
         """
         prob = explainer.keep_prob
-        (to_first, to_second), (first, second) = self.weight.unbind(-2), self.bias.unsqueeze(-3).unbind(-1)
-        first = hidden @ to_first.mT + first
+        weights, biases = self.weight.unbind(-2), self.bias.unsqueeze(-3).unbind(-1)
+        first = hidden @ weights[0].mT + biases[0]
         if explainer.config.backgrounds != "random":
-            return first + self.empty.unsqueeze(-2), full.unsqueeze(1) + (hidden @ to_second.mT + second)
+            return first + self.empty.unsqueeze(-2), full.unsqueeze(1) + (hidden @ weights[1].mT + biases[1])
         if self.share is not None and feature is not None:
             added = (feature.flatten(2).mT @ self.share.mT).mT.unflatten(2, feature.shape[2:])  # (B, R, h, w)
             added = F.interpolate(added, size=explainer.grid_shape, mode="bilinear", align_corners=False)
             first = first + added.flatten(2).mT
-        base_change = (hidden.mean(1, keepdim=True) @ to_second.mT + second).squeeze(1)
-        phi, base = first, torch.lerp(self.empty, full, prob) + base_change
+        mean = hidden.mean(1, keepdim=True)
+        all_alike, base_change = (mean @ to.mT + bias for to, bias in zip(weights[1:], biases[1:], strict=True))
+        phi, base = first + all_alike, torch.lerp(self.empty, full, prob) + base_change.squeeze(1)
         if explainer.is_efficient:
             phi, base = efficient(phi, self.empty, full, prob)
         return kept_and_removed(phi, base, prob)
@@ -230,9 +229,13 @@ def folded_head(explainer: TVEExplainer, classifier: SplitClassifier, read: _Pas
     """A classifier's head folded into its explainer, kept until either changes; None if it cannot be folded."""
     trunk, head = explainer.trunk, classifier.head
     # A layer of another class, such as one with adapters, may do more than its weights say.
-    if not isinstance(trunk, TVEBackboneTrunk) or type(trunk.differences) is not TVEDifferenceHead:
+    if not isinstance(trunk, TVEBackboneTrunk):
         return None
-    weights = [*head.parameters(), *head.buffers(), *trunk.differences.parameters(), *trunk.starting_at_zero()]
+    lasts = [trunk.get_submodule(name) for name in trunk.heads]
+    if any(type(last) is not TVEDifferenceHead for last in lasts):
+        return None
+    of_trunk = [weight for last in lasts for weight in last.parameters()]
+    weights = [*head.parameters(), *head.buffers(), *of_trunk, *trunk.starting_at_zero()]
     if any(weight.is_meta for weight in weights) or not read.logits.isfinite().all():
         return None
     state, of_head = _state(weights), _KEPT.setdefault(head, WeakKeyDictionary())

@@ -10,6 +10,10 @@ from transformers.models.vit.modeling_vit import ViTLayer
 
 from .configuration_tve import BackboneReaderConfig, TVEConfig
 
+# How far a step of the optimiser moves what tells patches apart. On a CNN 0.01 taught the explainer nothing of it, 0.1
+# less than 0.3, and 1 no more.
+_CONTRAST = 0.25
+
 
 class TVEFeatureReader(nn.Module):
     """Bring one feature map of the backbone to the explainer's width and grid."""
@@ -129,25 +133,47 @@ class TVEBackboneTrunk(TVEBackboneReader):
     showing only one leaves it near that of the empty image. Both differences start at zero. This trunk is not in the
     paper, whose explainer reads pixels only.
 
-    For random backgrounds it predicts N phi_z, so that a step of the optimiser moves what all patches add together as
-    far as base, and, as a mean over the patches, how far base is from what it would be if the embedding changed evenly
-    from G(empty image) to G(x); both start at zero too. Where G(x) is the mean of a
-    feature map A, phi_z is predicted as a difference from what the positions in z add to it, each dimension of
-    (A_z - G(empty image)) / N scaled by itself.
+    For random backgrounds it predicts, of the mean over the patches, how much all of them add together, N times the
+    mean phi_z, and how far base is from what it would be if the embedding changed evenly from G(empty image) to G(x);
+    and of each patch, how far its phi_z is from that mean. All start at zero too. They are apart because the sum is
+    hundreds of times as large as what tells patches apart: in one output a step of the optimiser that suits one drowns
+    the other. Where G(x) is the mean of a feature map A, phi_z is predicted as a difference from what the positions in
+    z add to it, each dimension of (A_z - G(empty image)) / N scaled by itself.
     """
-
-    heads = ("differences",)  # modules whose outputs mean something else for other backgrounds
 
     def __init__(self, config: TVEConfig) -> None:
         super().__init__(config)
         self.empty_embedding: torch.Tensor
         self.keep_prob = config.distribution.keep_prob
-        self.differences = TVEDifferenceHead(config.hidden_size, 2 * config.embedding_dim)
+        # Modules whose outputs mean something else for other backgrounds.
+        self.heads: tuple[str, ...] = ("differences",)
+        self.means: TVEDifferenceHead | None = None
+        if config.backgrounds == "random":
+            self.heads = "differences", "means"
+            self.differences = TVEDifferenceHead(config.hidden_size, config.embedding_dim, bias=False)
+            self.means = TVEDifferenceHead(config.hidden_size, 2 * config.embedding_dim)
+        else:
+            self.differences = TVEDifferenceHead(config.hidden_size, 2 * config.embedding_dim)
         self.register_buffer("empty_embedding", torch.zeros(config.embedding_dim))
         self.pooled: int | None = None
         if config.backgrounds == "random" and config.pooled_feature is not None:
             self.pooled = config.feature_names.index(config.pooled_feature)
             self.share_change = nn.Parameter(torch.zeros(config.embedding_dim))
+
+    def last_layer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights (m, D, hidden) and biases (m, D) of what is predicted of hidden states, float32.
+
+        Of each patch's kept and removed change, m = 2; for random backgrounds phi of each patch's, and phi and the
+        change of base of their mean, m = 3.
+        """
+        dim, num_patches = len(self.empty_embedding), self.position_embeddings.shape[1]
+        if self.means is None:
+            return self.differences.weight.float().unflatten(0, (2, dim)), self.differences.bias.float().view(2, dim)
+        phi = _CONTRAST * self.differences.weight.float()
+        total, change = self.means.weight.float().split(dim)
+        bias, change_bias = self.means.bias.float().split(dim)
+        weights = torch.stack([phi, total / num_patches - phi, change])
+        return weights, torch.stack([torch.zeros_like(bias), bias / num_patches, change_bias])
 
     def starting_at_zero(self) -> list[torch.Tensor]:
         """Weights and buffers that are zero before training, besides those of the heads."""
@@ -165,13 +191,14 @@ class TVEBackboneTrunk(TVEBackboneReader):
         For random backgrounds phi (B, k, D) and base (B, D), which is a mean over the patches asked for.
         """
         hidden, embeddings = self.read(pixel_values, features, embeddings, patch_idx)
-        if self.config.backgrounds == "random":
-            phi, base_change = self.differences(hidden).chunk(2, dim=-1)  # 2 x (B, k, D)
-            phi = phi / self.position_embeddings.shape[1]
+        if self.means is not None:
+            mean = hidden.mean(1, keepdim=True)
+            total, base_change = self.means(mean).chunk(2, dim=-1)  # 2 x (B, 1, D)
+            phi = _CONTRAST * self.differences(hidden - mean) + total / self.position_embeddings.shape[1]  # (B, k, D)
             if self.pooled is not None and features is not None:
                 phi = phi + self.shares(features[self.pooled])
             evenly = torch.lerp(self.empty_embedding, embeddings.to(self.empty_embedding.dtype), self.keep_prob)
-            return phi, evenly + base_change.mean(1)
+            return phi, evenly + base_change.squeeze(1)
         kept_change, removed_change = self.differences(hidden).chunk(2, dim=-1)  # 2 x (B, k, D)
         # Added to the embeddings as given: rounding them to bfloat16 weights would cost more than the differences.
         return self.empty_embedding.to(embeddings.dtype) + kept_change, embeddings[:, None] + removed_change
