@@ -217,6 +217,19 @@ def test_a_saved_wrapper_is_split_by_name(tmp_path) -> None:
     assert isinstance(AutoImageProcessor.from_pretrained(tmp_path), type(classifier.image_processor))
 
 
+def test_a_folder_that_timm_wrote_is_split_by_name(tmp_path) -> None:
+    model = timm.create_model("test_vit", num_classes=5).eval()
+    names = [f"class {number}" for number in range(5)]
+    timm.models.save_for_hf(
+        model, tmp_path, model_config={"label_names": names}, model_args={"num_classes": 5}, safe_serialization=True
+    )
+    classifier = split_classifier(tmp_path)
+    images = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(classifier(images).logits, model(images))
+    assert list(classifier.id2label.values()) == names
+
+
 def test_features_have_a_row_for_each_image_even_where_other_outputs_come_first() -> None:
     """TNT's blocks give the pixels of each patch, (B N, 16, d), and then the patches."""
     classifier = split_classifier(FAMILIES["tnt"].build().timm_model)

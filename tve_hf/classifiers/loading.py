@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
@@ -45,6 +46,9 @@ def load_classifier(
     if processor is None:
         source.file("preprocessor_config.json")  # fetched and checked before transformers reads it
         processor = (AutoProcessor if prompted else AutoImageProcessor).from_pretrained(name, **common)
+    if (config.get("model_args") or {}).get("num_classes"):  # which timm writes, and transformers passes itself
+        common["config"] = AutoConfig.from_pretrained(name, **common)
+        common["config"].model_args.pop("num_classes")
     model, report = model_class.from_pretrained(
         name, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
     )
