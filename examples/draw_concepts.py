@@ -183,11 +183,13 @@ def draw_numbers(scene: Scene) -> Figure:
     """Where R2, Spearman and fidelity come from."""
     figure = Figure(figsize=(9, 3.3))
     axes = figure.subplots(1, 3)
-    (explanation,) = scene.pipeline(scene.photo, rule="logit")
-    scores = torch.from_numpy(explanation["attribution"]).flatten()[None]
+    scores, of_logit = (
+        torch.from_numpy(scene.pipeline(scene.photo, rule=rule)[0]["attribution"]).flatten()[None]
+        for rule in ("prob", "logit")
+    )
     asked = scene.classifier, scene.pixels, scene.class_idx[None], 128, "smooth", scene.grid
     keep, true = true_evidence(*asked)
-    foretold, true = (scores.double() @ keep.T.double())[0], true[0, 0]
+    foretold, true = (of_logit.double() @ keep.T.double())[0], true[0, 0]
     axes[0].scatter(foretold - foretold.mean(), true - true.mean(), s=9, color="0.35")
     axes[0].axline((0, 0), slope=1, color="black", linewidth=0.8)
     axes[0].set_xlabel("sum of the scores in S, logit, minus its mean", fontsize=8)

@@ -5,8 +5,8 @@
 Needs matplotlib and scikit-image, whose photographs these are (CC0 or public domain). Everything is drawn by fixed
 seeds. With another classifier, name methods that serve it:
 
-    python examples/draw_gallery.py --classifier tve_hf/checkpoints/mobilenet-v2-tiny-imagenet \
-        --methods sampled exact grad_cam occlusion --output_dir gallery
+    python examples/draw_gallery.py --classifier tve_hf/checkpoints/vit-tiny-tiny-imagenet \
+        --methods tve chefer_cam legrad --output_dir gallery
 """
 
 import argparse
@@ -29,8 +29,8 @@ from tve_hf.visualization import Explanation, gallery
 
 # All photographs in colour of what can be recognised that come with scikit-image and are CC0 or public domain.
 PHOTOGRAPHS = ("chelsea", "coffee", "rocket", "astronaut")
-ANIMATED = "coffee"  # the one whose class the default classifier knows
-METHODS = ("tve", "exact", "libragrad", "chefer_cam", "legrad", "grad_cam")
+ANIMATED = "coffee"  # whose class the default classifier knows and is sure of
+METHODS = ("tve", "sampled", "exact", "occlusion", "grad_cam")
 SEED = 0
 WIDTH = 1200  # pixels of a picture of the gallery
 ORDERS = 20  # random orders of deletion, of which the mean is drawn
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Draw them all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--classifier", help="a name or folder; by default the ViT in the package")
+    parser.add_argument("--classifier", help="a name or folder; by default that of the package")
     parser.add_argument("--methods", nargs="+", default=[*METHODS], help="the columns; the first is animated")
     args = parser.parse_args(arguments)
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ ACCELERATE_USE_CPU=true ACCELERATE_MIXED_PRECISION=bf16 torchrun --nproc_per_nod
     --classifier $cnn --train_files "${large[@]}" "$data/tiny_imagenet/train-00000-of-00002.parquet" \
     --output_dir $runs/explainer-cnn --grid_size 10 --hops 1 --backgrounds random --coalitions smooth \
     --coalition_scale 0.7 --coalitions_per_image 12 --label_removals zero zero zero zero zero blur --hidden_size 256 \
-    --num_hidden_layers 2 --batch_size 16 --num_epochs 3 --cache_labels --normalize_labels --save_steps 821 --seed 0
+    --num_hidden_layers 2 --batch_size 16 --num_epochs 5 --cache_labels --normalize_labels --save_steps 821 --seed 0
 ship $runs/explainer-cnn $cnn_explainer
 
 # The small ViT, a second head on it, and its explainers.
@@ -118,6 +118,15 @@ for task in tiny_imagenet cats_vs_dogs; do
         $antithetical/$task/report.json --rename $antithetical/$task/report.json tve=tve_two_states
     land $runs/results/$task-joined $results/$task
 done
+# The CNN's, on larger photographs that nothing was trained on, and on cats against dogs, whose head it has never seen.
+for task in imagenet_samples cats_vs_dogs; do
+    classifier=$([ $task = imagenet_samples ] && echo "$cnn" || echo $cnn_pets)
+    rivals=$([ $task = imagenet_samples ] && echo rise@400 || true)
+    tve-hf evaluate --classifier $classifier --model $cnn_explainer --num_images 100 --removals zero blur \
+        --test_files "$data/$task/test-*.parquet" --output_dir $runs/results/mobilenet_v2/$task \
+        --methods exact random centre grad_cam $rivals
+    land $runs/results/mobilenet_v2/$task $results/mobilenet_v2/$task
+done
 # Maps that n masked passes correct, beside methods that take n passes.
 tve-hf evaluate --classifier $vit --model $explainer --num_images 100 --removals zero --num_gallery 0 \
     --test_files "$data/tiny_imagenet/test-*.parquet" --output_dir $runs/results/refine \
@@ -135,6 +144,12 @@ for folder in $cnn $cnn_pets $vit $pets; do
 done
 tve-hf card $explainer --results $results/{tiny_imagenet,cats_vs_dogs} --license cc-by-nc-4.0 \
     --output "model_cards/$(basename $explainer).md"
+tve-hf card $cnn_explainer --results $results/mobilenet_v2/{imagenet_samples,cats_vs_dogs} --license cc-by-nc-4.0 \
+    --output "model_cards/$(basename $cnn_explainer).md"
+python -c 'import skimage.data as d, PIL.Image as i; i.fromarray(d.coffee()).save("'$runs'/coffee.png")'
 tve-hf explain --output docs
-mv docs/chelsea.tve.png docs/chelsea.png
-rm docs/chelsea.tve.json
+tve-hf explain $runs/coffee.png --output docs
+for name in chelsea coffee; do
+    mv docs/$name.tve.png docs/$name.png
+    rm docs/$name.tve.json
+done

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-DEFAULT_EXPLAINER = CHECKPOINTS / "tve-vit-tiny-tiny-imagenet"
-DEFAULT_CLASSIFIER = CHECKPOINTS / "vit-tiny-tiny-imagenet"
+DEFAULT_EXPLAINER = CHECKPOINTS / "tve-mobilenet-v2-tiny-imagenet"
+DEFAULT_CLASSIFIER = CHECKPOINTS / "mobilenet-v2-tiny-imagenet"
 
 # Folders, or names of repositories on the Hub: where an explainer is looked for if none is named.
-EXPLAINERS: tuple[str, ...] = (str(DEFAULT_EXPLAINER),)
+EXPLAINERS: tuple[str, ...] = (str(DEFAULT_EXPLAINER), str(CHECKPOINTS / "tve-vit-tiny-tiny-imagenet"))
 # On the Hub, every card says so.
 TAG = "tve_hf"

@@ -89,7 +89,8 @@ def test_what_is_said_of_a_classifier(pair, capsys):
     assert main(["info", str(pair[0])]) == 0
     said = capsys.readouterr().out
     assert all(part in said for part in ("7: tabby", "32 x 32", "D = 24", "2·16", config["backbone_fingerprint"]))
-    assert f"{EXPLAINERS[0]}: no; it predicts embeddings of 192" in said
+    for explainer, dim in zip(EXPLAINERS, (1280, 192), strict=True):
+        assert f"{explainer}: no; it predicts embeddings of {dim}" in said
 
 
 def test_an_explainer_without_fingerprint_or_out_of_reach_is_unknown(pair, tmp_path):
