@@ -60,7 +60,7 @@ def verdict(
     remedy = f"use an explainer pre-trained for {classifier.name}, or pre-train one with `tve-hf pretrain`"
     if config.embedding_dim != classifier.embedding_dim:
         reason = (
-            f"predicts embeddings of {config.embedding_dim} dimensions, but the head of {classifier.name} reads "
+            f"predicts embeddings of {config.embedding_dim} dimensions, but the classifier's head reads "
             f"{classifier.embedding_dim}"
         )
         return Verdict("no", reason, remedy)

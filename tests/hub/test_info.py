@@ -42,7 +42,7 @@ def others(pair, tmp_path_factory):
         ("twin", "same weights", "backbone 'classifier'"),
         ("other head", "same weights", "backbone 'classifier'"),
         ("tuned", "same architecture, other weights", "other weights than"),
-        ("wide", "no", "24 dimensions, but the head of .* reads 32"),
+        ("wide", "no", "24 dimensions, but the classifier's head reads 32"),
         ("large", "no", r"images of \(32, 32\) pixels.*\(64, 64\)"),
     ],
 )

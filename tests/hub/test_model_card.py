@@ -75,7 +75,7 @@ def test_explainer_card_holds_the_numbers(explainer_folder, report):
         "fingerprint `abc-def`",
         "toy/train.parquet",
         "on toy_task 91% (zero)",
-        'pipeline("transferable-attribution", model="tve-toy", classifier="toy/vit")',
+        '    model="tve-toy",\n    classifier="toy/vit",',
         "docs/chelsea.png",
     ):
         assert part in text, part

@@ -183,7 +183,7 @@ def test_in_a_process_of_its_own(owner, tmp_path, reports):
     assert done.returncode == 0, done.stderr
     *said, record = done.stdout.splitlines()
     assert said[-1].startswith(f"{owner.endpoint}/org/tve/commit/")
-    (expected,) = pipeline("transferable-attribution")(noise_image(0))
+    (expected,) = pipeline("transferable-attribution", model=str(VIT_EXPLAINER), classifier=str(VIT))(noise_image(0))
     assert np.allclose(json.loads(record)["explanations"][0]["attribution"], expected["attribution"], atol=1e-5)
 
 
