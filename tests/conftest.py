@@ -15,6 +15,9 @@ from tiny import save_noise, save_pair
 from tiny_models import SPECS, Spec, TinyCNN, fit_batch_statistics, randomize
 from torch import Tensor, nn
 
+# A fork has none of the threads that torch would wait for; and results are the same to the bit.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def shared_model() -> Callable[[str], nn.Module]:

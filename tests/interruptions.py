@@ -7,8 +7,6 @@ import signal
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
-
 from tve_hf.pretrain import loop
 
 
@@ -37,12 +35,7 @@ def at_call(number: int, interrupt: Callable[..., Any], function: Callable[..., 
 
 def in_a_fork(function: Callable[[], Any]) -> int | None:
     """Run in a forked process; return its exit code."""
-
-    def run() -> None:
-        torch.set_num_threads(1)  # a fork has none of the threads that torch would wait for
-        function()
-
-    process = multiprocessing.get_context("fork").Process(target=run)
+    process = multiprocessing.get_context("fork").Process(target=function)
     process.start()
     process.join(120)
     process.kill()
