@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
 EXTRAS_VENV ?= .venv-extras
+RAY_VENV ?= .venv-ray
 
 .PHONY: install demo check test test-slow test-extras timm-table docs site dist
 
@@ -35,7 +36,7 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
-# timm, DeepSpeed, Ray, Gradio and axe in an environment of their own: the package neither needs nor excludes them. Of
+# timm, DeepSpeed, Gradio and axe in an environment of their own: the package neither needs nor excludes them. Of
 # torchvision, which timm asks for, the Python parts are enough, so the build need not fit torch:
 # see tests/torchvision_ops.py.
 $(EXTRAS_VENV)/.installed: pyproject.toml
@@ -44,17 +45,24 @@ $(EXTRAS_VENV)/.installed: pyproject.toml
 	$(EXTRAS_VENV)/bin/pip install --quiet --editable '.[dev]'
 	$(EXTRAS_VENV)/bin/pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
 	$(EXTRAS_VENV)/bin/pip install --quiet deepspeed==0.19.8
-	$(EXTRAS_VENV)/bin/pip install --quiet gradio==6.31.0 selenium==4.51.0 tensorboard==2.21.0 'ray[data]==2.60.0'
+	$(EXTRAS_VENV)/bin/pip install --quiet gradio==6.31.0 selenium==4.51.0 tensorboard==2.21.0
 	npm install --silent --prefix $(EXTRAS_VENV) axe-core@4.14.1
 	touch $@
 
-test-extras: $(EXTRAS_VENV)/.installed
+# Ray's workers are processes of its own, which would find that torchvision incomplete.
+$(RAY_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/pip install --quiet torch==2.13.0
+	$(RAY_VENV)/bin/pip install --quiet --editable '.[dev]' 'ray[data]==2.60.0'
+	touch $@
+
+test-extras: $(EXTRAS_VENV)/.installed $(RAY_VENV)/.installed
 	$(EXTRAS_VENV)/bin/python -m pytest -n auto tests/classifiers/test_timm.py tests/classifiers/test_every_class.py -k timm
 	$(EXTRAS_VENV)/bin/python -m pytest tests/test_readme.py -k 'python and your_model or shell and loops'
 	$(EXTRAS_VENV)/bin/python -m pytest -m slow tests/pretrain/test_launch.py
 	$(EXTRAS_VENV)/bin/python -m pytest -n auto --dist loadfile -m 'slow or not slow' \
-		tests/examples/space tests/evaluation/test_callback.py tests/examples/test_train_timm.py \
-		tests/examples/test_bulk_ray.py
+		tests/examples/space tests/evaluation/test_callback.py tests/examples/test_train_timm.py
+	$(RAY_VENV)/bin/python -m pytest -m 'slow or not slow' tests/examples/test_bulk_ray.py
 
 timm-table: $(EXTRAS_VENV)/.installed
 	$(EXTRAS_VENV)/bin/python tests/timm_families.py --output docs/timm.md
