@@ -373,7 +373,7 @@ def test_tve_reads_the_feature_maps_that_the_explainer_was_trained_on(shared_mod
 def test_tve_of_another_backbone_is_refused(shared_model, images, randomized) -> None:
     explainer = _options("tve", split_classifier(shared_model("cnn")), randomized)["explainer"]
     with pytest.raises(
-        ValueError, match="The explainer TVEExplainer predicts embeddings of 8 dimensions, but the head"
+        ValueError, match="The explainer TVEExplainer predicts embeddings of 8 dimensions, but the classifier's head"
     ):
         methods.explain(
             "tve", split_classifier(shared_model("vit")), images(1, 32), CLASS_IDX[:1], 4, explainer=explainer
