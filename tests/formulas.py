@@ -50,6 +50,8 @@ def formula(rule: str, kept: Tensor, removed: Tensor, head: nn.Linear, y: int, g
             return standardized(logit(kept)) - standardized(logit(removed))
         case "prob":
             return prob(kept) - prob(removed)
+        case "prob_averaged":
+            return averaged(prob(kept) - prob(removed))
         case "standardized_logit_averaged":
             return averaged(standardized(logit(kept)) - standardized(logit(removed)))
         case "standardized_prob_averaged":

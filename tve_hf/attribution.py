@@ -70,6 +70,7 @@ RULES: dict[str, Rule] = {
     "logit": Rule("logit"),
     "logit_averaged": Rule("logit", averaged=True),
     "prob": Rule("prob"),
+    "prob_averaged": Rule("prob", averaged=True),
     "removed_averaged": Rule("log_prob", averaged=True, kept=False),
     "standardized_logit": Rule("logit", standardized=True),
     "standardized_logit_averaged": Rule("logit", standardized=True, averaged=True),
@@ -78,8 +79,10 @@ RULES: dict[str, Rule] = {
 
 # Of the rules that keep sign and units, the one that holds up best: examples/study_rules.py.
 DEFAULT_RULE = "logit_averaged"
-# The same for each kind of explainer. Those of random backgrounds already average over what surrounds a patch.
+# The same for each kind of explainer. Of random ones pre-training chooses by held-out images, and keeps it in the
+# config: windows of neighbours help on fine grids, and blur coarse ones.
 DEFAULT_RULES = {"antithetical": DEFAULT_RULE, "random": "prob"}
+RANDOM_CHOICES = ("prob", "prob_averaged")
 
 _UNITS: dict[Evidence, str] = {
     "log_prob": "change of log-probability, nats",
@@ -113,11 +116,11 @@ def check_rule(config: TVEConfig, name: str) -> None:
 
     Raises:
         ValueError: If there is no such rule; or if the explainer is one of random backgrounds, which predicts one phi
-            for each patch, and the rule reads only one part, scales both, or averages over windows that there are not.
+            for each patch, and the rule reads only one part or scales both.
     """
     how = rule_named(name)
-    if config.backgrounds == "random" and (how.standardized or how.averaged or not how.kept):
-        plain = [other for other, rule in RULES.items() if not (rule.standardized or rule.averaged or not rule.kept)]
+    if config.backgrounds == "random" and (how.standardized or not how.kept):
+        plain = [other for other, rule in RULES.items() if not rule.standardized and rule.kept]
         raise ValueError(
             f"The rule {name!r} is for explainers of two backgrounds, and this one has backgrounds='random'; choose "
             f"one of {', '.join(plain)}."

@@ -123,7 +123,7 @@ class TVEConfig(BackboneReaderConfig):
         refine_strength: random backgrounds: how noisy a masked pass is, in units of the uncertainty of one score, when
             `refine` weighs it against the prediction; see `refinement.py`. Fitted on the validation images.
         rule: how predictions become scores where nothing else is asked for, a key of `attribution.RULES`; None is
-            the default for explainers with these `backgrounds`.
+            the default for explainers with these `backgrounds`. Fitted on the validation images for random ones.
         label_removals: random backgrounds: what replaced removed pixels in training, one or several operators in turn.
         trunk: `"backbone"` reads the features that the backbone computes anyway and predicts differences of
             embeddings; `"vit_mae"` is the paper's: it reads pixels only, through a Mask-AutoEncoder and mixer heads.

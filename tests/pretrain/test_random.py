@@ -13,6 +13,7 @@ from tiny import GRID, SIDE, noise_image, same_weights, save_run
 from transformers import AutoImageProcessor, AutoModel, ViTForImageClassification, pipeline
 
 import tve_hf
+from tve_hf import fidelity, methods, split_classifier
 from tve_hf.coalitions import Coalitions
 from tve_hf.pretrain import PretrainArguments, pretrain
 
@@ -104,13 +105,44 @@ def test_refinement_is_fitted_to_the_most_faithful_maps(settings, tmp_path, monk
         maps.append(scores)
         return float(len(maps) - calls_before == best + 1)
 
-    calls_before = 2  # the sampled maps, and the predicted ones of the only row of the log
+    calls_before = 5  # sampled maps, predicted ones of the only row of the log, two rules, and the sampled maps again
     monkeypatch.setattr(tve_hf.pretrain.held_out.HeldOut, "_gap", gap)
     config = train(settings).config
     assert len(maps) == calls_before + 8
     assert (config.refine_coalitions, config.refine_strength) == choice
     saved = AutoModel.from_pretrained(tmp_path / "run").config
     assert (saved.refine_coalitions, saved.refine_strength) == choice
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_rule_is_that_of_the_most_faithful_maps(settings, tmp_path, seed):
+    """And what the explainer says of its quality is measured under it."""
+    settings |= {
+        "validation_files": settings["train_files"],
+        "validation_images": NUM_IMAGES,
+        "max_steps": 2,
+        "seed": seed,
+    }
+    train(settings, mixed_precision="no")
+    explainer = AutoModel.from_pretrained(tmp_path / "run")
+    config = explainer.config
+    classifier = split_classifier(settings["classifier"])
+    pixel_values = classifier.image_processor(
+        [noise_image(number) for number in range(NUM_IMAGES)], return_tensors="pt"
+    )
+    class_idx = classifier(**pixel_values).logits.argmax(-1)
+    gaps = {}
+    for rule in ("prob", "prob_averaged"):
+        scores = methods.explain(
+            "tve", classifier, **pixel_values, class_idx=class_idx, explainer=explainer, rule=rule
+        )
+        gaps[rule] = fidelity(classifier, **pixel_values, scores=scores, class_idx=class_idx).gap.mean()
+    assert gaps["prob"] != gaps["prob_averaged"]
+    assert config.rule == max(gaps, key=gaps.get)
+    assert config.quality["fidelity_gap"] == pytest.approx(
+        gaps[config.rule].item(), abs=2e-3
+    )  # saved in half precision
+    assert log_of(tmp_path / "run")[-1]["fidelity_gap"] == config.quality["fidelity_gap"]
 
 
 @pytest.mark.parametrize(("cached", "killed_in_step"), [(True, 3), (True, 6), (False, 4)])

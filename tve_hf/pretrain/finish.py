@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
+from ..attribution import rule_of
 from ..compatibility import quality_in_words
 from ..files import dumps, write_whole
 from ..hub.model_card import render_card
@@ -44,6 +45,10 @@ def finish(run: Run) -> TVEExplainer:
     accelerator = run.accelerator
     run.model.eval()
     if isinstance(run.held_out, HeldOutCoalitions):
+        before = rule_of(run.config)
+        if run.held_out.fit_rule(run.model) != before:  # under which the last validation was
+            measured, _ = run.held_out.compare(run.model)
+            run.progress.log[-1] |= {name: round(value, 6) for name, value in measured.items()}
         run.config.refine_coalitions, run.config.refine_strength = run.held_out.fit_refinement(run.model)
     run.config.quality = _quality(run)
     weights = accelerator.get_state_dict(run.model)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..attribution import of_class, rule_of
+from ..attribution import RANDOM_CHOICES, of_class, rule_of
 from ..classifiers import SplitClassifier
 from ..configuration_tve import CoalitionName, TVEConfig
 from ..refinement import Refinement
@@ -45,6 +45,9 @@ class HeldOutCoalitions(HeldOut):
         self.embeddings = embed_coalitions(classifier, pixel_values, self.coalitions, config)
         sampled = sampled_meta_attribution(classifier, pixel_values, grid, NUM_SAMPLES, how, config.label_removals[0])
         self.exact = sampled.kept, sampled.removed
+        self._read_exact()
+
+    def _read_exact(self) -> None:
         self.exact_scores = self._scores(self.exact)
         self.exact_gap = self._gap(self.exact_scores)
 
@@ -73,6 +76,23 @@ class HeldOutCoalitions(HeldOut):
             "sampled_fidelity_gap": self.exact_gap,
         }
         return row, self._picture(scores)
+
+    @torch.no_grad()
+    def fit_rule(self, explainer: Callable[..., Any]) -> str:
+        """Put the rule that makes the most faithful maps of these images into the config, and return it.
+
+        From then on sampled maps are read by it too.
+        """
+        output = explainer(
+            pixel_values=self.pixel_values, features=self.seen.features, embeddings=self.seen.embeddings
+        )
+        gaps = {}
+        for rule in RANDOM_CHOICES:
+            self.config.rule = rule
+            gaps[rule] = self._gap(self._scores((output.kept, output.removed)))
+        self.config.rule = max(gaps, key=lambda rule: gaps[rule])
+        self._read_exact()
+        return self.config.rule
 
     @torch.no_grad()
     def fit_refinement(self, explainer: Callable[..., Any]) -> tuple[CoalitionName, float]:
