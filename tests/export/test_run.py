@@ -163,6 +163,19 @@ def test_a_program_of_torch_export_gives_the_same(explains, tmp_path):
         assert_same_as_pipeline(explain, photographs, found, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_a_program_compiles_without_breaks(explains, tmp_path, name):
+    explain = explains(name, "random")
+    export(explain, tmp_path / "model.pt2")
+    module = torch.export.load(tmp_path / "model.pt2").module()
+    pixel_values = explain.image_processor([noise_image(0), noise_image(1)], return_tensors="pt")["pixel_values"]
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for found, expected in zip(compiled(pixel_values), module(pixel_values), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
 def test_settings_for_all_calls_are_those_of_the_graph(explains, tmp_path):
     classifier = explains("vit", "random").classifier
     explain = explaining(classifier, class_idx=[4, 0], rule="logit")
