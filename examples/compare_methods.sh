@@ -13,14 +13,17 @@ vit=tve_hf/checkpoints/vit-tiny-tiny-imagenet
 shapley=examples/vit-shapley-vit-tiny-tiny-imagenet # by examples/train_vit_shapley.py
 
 cnn=$models/mobilenet_v2_1.0_224_imagenet
-# Explainers for the CNN. Of random backgrounds, on unlabelled photographs beside those that it is judged by: 100,608
-# masked passes of the CNN. And of the paper's two, 0.5 million passes, on 20,000 images of 64 pixels and 3,100 larger ones.
+# Explainers for the CNN. Of random backgrounds, on unlabelled photographs beside those that it is judged by: 250,880
+# masked passes of the CNN, each time of another crop and of new coalitions. And of the paper's two, 0.5 million passes,
+# on 20,000 images of 64 pixels and 3,100 larger ones.
 large=("$data"/photos/train-*.parquet "$data"/{imagenette,cats_vs_dogs}/train-00000-of-00001.parquet)
-tve-hf pretrain --classifier "$cnn" --output_dir $runs/explainer-mobilenet-v2-random --train_files "${large[@]}" \
-    --validation_files "$data/imagenette/test-*.parquet" --validation_images 16 --grid_size 14 --hops 1 \
-    --backgrounds random --coalitions smooth --coalition_scale 0.7 --coalitions_per_image 16 \
-    --label_removals zero zero zero zero zero zero zero blur --batch_size 32 --num_epochs 8 --cache_labels \
-    --normalize_labels --save_steps 393 --seed 0
+OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 ACCELERATE_USE_CPU=true \
+    ACCELERATE_MIXED_PRECISION=bf16 torchrun --nproc_per_node 2 examples/pretrain.py --classifier "$cnn" \
+    --output_dir $runs/explainer-mobilenet-v2-random --train_files "${large[@]}" \
+    --validation_files "$data/imagenette/test-*.parquet" --validation_images 32 --grid_size 14 --hops 1 \
+    --backgrounds random --coalitions smooth --coalition_scale 0.7 --coalitions_per_image 8 \
+    --label_removals zero zero zero blur --random_resized_crop --hidden_size 256 --num_hidden_layers 2 --batch_size 16 \
+    --num_epochs 5 --normalize_labels --save_steps 197 --seed 0
 tve-hf pretrain --classifier "$cnn" --output_dir $runs/explainer-mobilenet-v2 --train_files \
     "$data/tiny_imagenet/train-00000-of-00002.parquet" "$data"/{imagenette,cats_vs_dogs}/train-00000-of-00001.parquet \
     --validation_files "$data/imagenette/test-*.parquet" --validation_images 16 --grid_size 14 --batch_size 32 \

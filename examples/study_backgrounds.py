@@ -28,6 +28,7 @@ from tve_hf.benchmark.cells import Cells, digest
 from tve_hf.classifiers import SplitClassifier
 from tve_hf.coalitions import Coalitions
 from tve_hf.evaluation.statistics import bootstrap_interval
+from tve_hf.files import dumps
 from tve_hf.patches import average_over_neighborhoods
 from tve_hf.sources import open_images, read_image
 
@@ -134,18 +135,22 @@ def draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     cases = report["cases"]
-    figure, axes = plt.subplots(1, len(cases), figsize=(5 * len(cases), 4.5), squeeze=False)
-    for axis, (title, table) in zip(axes[0], cases.items(), strict=True):
-        sources = list(dict.fromkeys(way.split("/")[0] for way in table))
-        for number, source in enumerate(sources):
+    known = ["two states", *SOURCES, MIXED]
+    rows = -(-len(cases) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 6.2 * rows), squeeze=False)
+    for axis in axes.flat[len(cases) :]:
+        axis.axis("off")
+    for axis, (title, table) in zip(axes.flat, cases.items(), strict=False):
+        for number, source in enumerate(known):
             points = {
                 way: [row[r]["gap"] for r in REMOVALS] for way, row in table.items() if way.split("/")[0] == source
             }
             axis.scatter(*zip(*points.values(), strict=True), s=12, color=f"C{number}", alpha=0.35)
             best = max(points, key=lambda way: sum(points[way]))
-            axis.scatter(*points[best], s=60, color=f"C{number}", label=f"{source}: {', '.join(best.split('/')[1:])}")
+            label = f"{source}: {', '.join(best.split('/')[1:])}"
+            axis.scatter(*points[best], s=60, color=f"C{number}", label=label)
         axis.set(title=title, xlabel="fidelity gap, zero", ylabel="fidelity gap, blur")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -178,7 +183,7 @@ def main() -> None:
         for way, row in sorted(table.items(), key=lambda item: -sum(cell["gap"] for cell in item[1].values())):
             print(f"  {way:52}", "  ".join(f"{removal} {cell['gap']:.3f}" for removal, cell in row.items()))
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    args.output_file.write_text(json.dumps(report, indent=1) + "\n")
+    args.output_file.write_text(dumps(report, indent=1) + "\n")
     if args.plot:
         draw(report, args.plot)
 

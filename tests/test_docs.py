@@ -1,6 +1,7 @@
 """Numbers in the documents are those of the JSON files beside them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,18 @@ def test_what_a_masked_pass_teaches_is_what_was_measured() -> None:
         for removal in ("zero", "blur"):
             values = [row[removal]["gap"], *row[removal]["interval"]]
             assert all(f"{value:.3f}" in text for value in values), (row["backgrounds"], removal)
+
+
+def test_which_backgrounds_is_what_the_study_found() -> None:
+    cases = json.loads((ROOT / "docs" / "comparison" / "backgrounds.json").read_text())["cases"]
+    text = (ROOT / "docs" / "comparison.md").read_text().split("## Which backgrounds")[1].split("\n## ")[0]
+    vit, cnn = cases["vit-tiny-tiny-imagenet, P=8"], cases["mobilenet_v2_1.0_224_imagenet, P=14"]
+    ways = [(vit, way, "zero") for way in ("independent/prob/as they are", "smooth 0.7/prob/as they are")]
+    ways += [(vit, "two states/prob/one hop", "zero"), (vit, "smooth 0.7/prob/as they are", "blur")]
+    ways += [(vit, "smooth 0.7, half blurred/prob/as they are", removal) for removal in ("zero", "blur")]
+    ways += [(cnn, f"{source}/prob/one hop", "zero") for source in ("smooth 1.5", "smooth 0.7", "independent")]
+    found = {f"{table[way][removal]['gap']:.3f}" for table, way, removal in ways}
+    assert found == set(re.findall(r"0\.\d{3}", text))
 
 
 @pytest.mark.parametrize("case", OBJECTIVES)
