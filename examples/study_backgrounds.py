@@ -14,7 +14,6 @@ Images are drawn from the end of the order whose beginning `tve-hf evaluate` tak
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
