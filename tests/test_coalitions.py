@@ -64,6 +64,14 @@ def test_shapley_sizes_are_those_of_the_kernel() -> None:
         assert found[k].item() == pytest.approx(weight / sum(weights), abs=0.01)
 
 
+@pytest.mark.parametrize("grid", [(8, 8), (14, 20)])
+def test_smooth_fields_are_blurred_by_a_tenth_of_the_shorter_side(grid) -> None:
+    for how, other in ((Coalitions("smooth"), True), (Coalitions("smooth", scale=0.7), False)):
+        same = Coalitions("smooth", scale=min(grid) / 10)
+        drawn, expected = (c.draw(2, 4, grid, torch.Generator().manual_seed(0)) for c in (how, same))
+        assert torch.equal(drawn, expected) == other
+
+
 @pytest.mark.parametrize("scale", [0.7, 1.5])
 def test_neighbours_of_smooth_fields_share_their_fate_as_the_blur_says(scale) -> None:
     """With f and g standard normal of correlation r: P(both below the level) in closed form.

@@ -40,6 +40,14 @@ def test_rectangles_are_height_first() -> None:
     assert config.num_patches == 15
 
 
+def test_coalitions_have_a_scale_of_their_own_which_the_file_names(tmp_path) -> None:
+    config = TVEConfig(image_size=[12, 40], grid_size=(3, 5), backgrounds="random")
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["coalition_scale"]
+    assert stored == config.distribution.scale == pytest.approx(0.3)
+    assert TVEConfig(coalition_scale=0.7).distribution.scale == 0.7
+
+
 def test_mutable_defaults_are_not_shared() -> None:
     config = TVEConfig()
     config.feature_dims.append(3)

@@ -33,17 +33,22 @@ class Coalitions(NamedTuple):
     Args:
         name: a key of `COALITIONS`.
         prob: of "independent": with which each patch is kept.
-        scale: of "smooth": standard deviation of the blur, in patches.
+        scale: of "smooth": standard deviation of the blur, in patches; by default a tenth of the grid's shorter side,
+            at which maps of CNNs were the most faithful on fine and on coarse grids (`examples/study_backgrounds.py`).
     """
 
     name: str = "smooth"
     prob: float = 0.5
-    scale: float = 0.7
+    scale: float | None = None
 
     @property
     def keep_prob(self) -> float:
         """P(z in S), the same for every patch z: `prob` where it is asked for, one half by symmetry elsewhere."""
         return self.prob if self.name == "independent" else 0.5
+
+    def scale_on(self, grid: tuple[int, int]) -> float:
+        """The blur of "smooth" on a grid (rows, cols), in patches."""
+        return min(grid) / 10 if self.scale is None else self.scale
 
     def check(self, grid: tuple[int, int]) -> None:
         """Refuse what cannot be drawn on a grid (rows, cols).
@@ -62,7 +67,7 @@ class Coalitions(NamedTuple):
             )
         if self.name == "independent" and not 0 < self.prob < 1:
             raise ValueError(f"coalition_prob is {self.prob}, which is always or never; choose one between 0 and 1.")
-        if self.name == "smooth" and not 0 < self.scale < max(grid):
+        if self.name == "smooth" and not 0 < self.scale_on(grid) < max(grid):
             raise ValueError(
                 f"coalition_scale is {self.scale}, which does not fit a grid of {rows} x {columns} patches; choose "
                 f"one above 0 and below {max(grid)}."
@@ -114,7 +119,8 @@ def smooth(how: Coalitions, pairs: int, grid: tuple[int, int], generator: Genera
     """
     rows, columns = grid
     noise = torch.randn(pairs, rows, columns, generator=generator, dtype=torch.float64)
-    field = _blur(rows, how.scale) @ noise @ _blur(columns, how.scale).T
+    scale = how.scale_on(grid)
+    field = _blur(rows, scale) @ noise @ _blur(columns, scale).T
     level = torch.special.ndtri(torch.rand(pairs, 1, generator=generator, dtype=torch.float64))
     return _with_complements(field.flatten(1) < level)
 

@@ -116,7 +116,8 @@ class TVEConfig(BackboneReaderConfig):
         coalitions: random backgrounds: the distribution of S, one of `coalitions.COALITIONS`. `"shapley"` predicts
             Shapley values, which sum to G(x) - G(empty image).
         coalition_prob: `"independent"` coalitions: probability with which each patch is kept.
-        coalition_scale: `"smooth"` coalitions: standard deviation of the blur of their fields, in patches.
+        coalition_scale: `"smooth"` coalitions: standard deviation of the blur of their fields, in patches; a tenth of
+            the grid's shorter side by default.
         pooled_feature: `"backbone"` trunk, random backgrounds: the one of `feature_names` whose mean over positions is
             G(x), so that predictions start from what each position adds to it; None if there is none.
         refine_coalitions: random backgrounds: the distribution of the coalitions that `refine` computes.
@@ -176,7 +177,7 @@ class TVEConfig(BackboneReaderConfig):
     backgrounds: Literal["antithetical", "random"] = "antithetical"
     coalitions: CoalitionName = "smooth"
     coalition_prob: float = 0.5
-    coalition_scale: float = 0.7
+    coalition_scale: float | None = None
     pooled_feature: str | None = None
     label_removals: list[str] = field(default_factory=lambda: ["zero"])
     refine_coalitions: CoalitionName = "independent"
@@ -208,6 +209,8 @@ class TVEConfig(BackboneReaderConfig):
         if self.trunk == "vit_mae" and self.mae_config is None:
             self.mae_config = {}
         super().__post_init__(**kwargs)
+        if self.coalition_scale is None:
+            self.coalition_scale = Coalitions().scale_on(self.grid_shape)
         if self.mae_config is not None:
             mae_config: Any = copy.deepcopy(self.mae_config)
             mae_config.mask_ratio = 0.0

@@ -74,7 +74,9 @@ class PretrainArguments:
     backgrounds: str = _field("antithetical", "antithetical, the paper's two states (Eq. 6), or random (Eq. 3).")
     coalitions: str = _field("smooth", "Distribution of random backgrounds: smooth, independent, uniform or shapley.")
     coalition_prob: float = _field(0.5, "Of independent ones: with which each patch is kept.")
-    coalition_scale: float = _field(0.7, "Of smooth ones: deviation of the fields' blur, in patches.")
+    coalition_scale: float | None = _field(
+        None, "Of smooth ones: deviation of the fields' blur, in patches; a tenth of the grid's side by default."
+    )
     label_removals: list[str] = _field(["zero"], "What replaces removed pixels of random backgrounds, in turn.")
 
     patches_per_image: int = _field(8, "k: neighbourhoods sampled per image and step.")
