@@ -123,9 +123,8 @@ def test_the_rule_is_that_of_the_most_faithful_maps(settings, tmp_path, seed):
         "max_steps": 2,
         "seed": seed,
     }
-    train(settings, mixed_precision="no")
-    explainer = AutoModel.from_pretrained(tmp_path / "run")
-    config = explainer.config
+    explainer = train(settings, mixed_precision="no")
+    config = AutoModel.from_pretrained(tmp_path / "run").config
     classifier = split_classifier(settings["classifier"])
     pixel_values = classifier.image_processor(
         [noise_image(number) for number in range(NUM_IMAGES)], return_tensors="pt"
