@@ -52,7 +52,15 @@ done
 python examples/study_sampling.py --classifier $vit --files "$data/tiny_imagenet/test-*.parquet" --grid_size 8 \
     --hops 1 --num_images 100 --num_patches 16 --output_file $results/sampling.json --plot $results/sampling.png
 
-# What masked passes buy in training: both forms of the explainer at 80,000.
+# What masked passes buy in training: both forms of the explainer at 20,000 and at 80,000.
 python examples/study_passes.py --classifier $vit --train_files "$data/tiny_imagenet/train-*.parquet" \
-    --test_files "$data/tiny_imagenet/test-*.parquet" --numbers 5000 --num_images 60 --output_dir $runs/passes \
-    --output_file $results/passes.json
+    --test_files "$data/tiny_imagenet/test-*.parquet" --numbers 1250 5000 --num_images 60 \
+    --output_dir $runs/passes --output_file $results/passes.json --plot $results/passes.png
+
+# Which backgrounds should stand for all: fidelity of two and of random ones, before any training.
+python examples/study_backgrounds.py --num_images 24 --bf16 --batch_size 4 --cells $runs/backgrounds \
+    --output_file $results/backgrounds.json --plot $results/backgrounds.png \
+    --case $vit 8 1 "$data/tiny_imagenet/test-*.parquet" \
+    --case tve_hf/checkpoints/vit-tiny-cats-vs-dogs 8 1 "$data/cats_vs_dogs/test-*.parquet" \
+    --case "$models/mobilenet_v1_0.25_128_imagenet" 8 1 "$data/photos/train-*.parquet" \
+    --case $cnn 14 1 "$data/photos/train-*.parquet"

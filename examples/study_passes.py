@@ -120,8 +120,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 for ends in zip(*(row[removal]["interval"] for row in own), strict=True)
             ]
             axis.errorbar(passes, gaps, error, marker="o", capsize=3, color=colour, label=f"{form} backgrounds")
-        axis.set(xscale="log", xlabel="masked passes in training", ylabel="fidelity gap", title=removal)
-        axis.legend()
+        numbers = sorted({row["passes"] for row in rows})
+        axis.set(
+            xscale="log", xlabel="masked passes in training", ylabel="fidelity gap", title=removal, ylim=(0, None)
+        )
+        axis.set_xticks(numbers, [f"{number:,}" for number in numbers])
+        axis.minorticks_off()
+    axes[0].legend(loc="center")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
