@@ -44,6 +44,28 @@ def test_which_backgrounds_is_what_the_study_found() -> None:
     assert found == set(re.findall(r"0\.\d{3}", text))
 
 
+@pytest.mark.parametrize(
+    ("folder", "batch", "start"),
+    [
+        ("vit_base", 8, "| ViT-B/16 | 8 |"),
+        ("vit_base", 16, "| ViT-B/16 | 16 |"),
+        ("vit_large", 8, "| ViT-L/16 | 8 |"),
+        ("mobilenet_v2_contiguous", 16, "| MobileNetV2, 14 × 14 patches | 16 |"),
+        ("mobilenet_v2", 16, "| the same, channels last | 16 |"),
+    ],
+)
+def test_what_explanations_cost_is_what_was_measured(folder, batch, start) -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "speed" / folder / "speed.json").read_text())
+    (rows,) = [entry["rows"] for entry in report["measured"] if entry["batch_size"] == batch]
+    measured = {row["name"]: row for row in rows}
+    line = next(line for line in (ROOT / "docs" / "speed.md").read_text().splitlines() if line.startswith(start))
+    tve = measured["tve"]
+    low, high = tve["interval"]
+    assert f"| {tve['ratio']:.3f} ({low:.3f} to {high:.3f}) |" in line
+    for name in {"legrad_last_2", "legrad", "grad_cam", "tve_research"} & measured.keys():
+        assert f"{measured[name]['ratio']:.2f}" in line, name
+
+
 @pytest.mark.parametrize("case", OBJECTIVES)
 def test_what_was_tried_is_what_the_study_found(case) -> None:
     text = (ROOT / "docs" / "imagenet.md").read_text()
