@@ -10,7 +10,6 @@ convolutions stay as they are.
 
 import argparse
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +89,12 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for dtype, columns in found.items():
         joined = {name: torch.cat(parts).double() for name, parts in columns.items()}
-        row: dict[str, Any] = {"dtype": dtype, "same_class": joined["same_class"].mean().item()}
-        row["spearman"] = joined["spearman"].median().item()
+        row: dict[str, Any] = {"dtype": dtype, "same_class": round(joined["same_class"].mean().item(), 4)}
+        row["spearman"] = round(joined["spearman"].median().item(), 4)
         for removal in REMOVALS:
             lost = joined[removal] - torch.cat(found["float32"][removal]).double()
-            row[removal] = {"gap": joined[removal].mean().item(), "above_float32": list(bootstrap_interval(lost))}
+            interval = [round(end, 4) for end in bootstrap_interval(lost)]
+            row[removal] = {"gap": round(joined[removal].mean().item(), 4), "above_float32": interval}
         rows.append(row)
     return rows
 
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output_file", type=Path)
     args = parser.parse_args(arguments)
     settings = {name: value for name, value in vars(args).items() if name != "output_file"}
-    text = dumps(json.loads(json.dumps({"settings": settings, "rows": compare(args)})), indent=1)
+    text = dumps({"settings": settings, "rows": compare(args)}, indent=1)
     print(text)
     if args.output_file:
         args.output_file.parent.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,16 @@ def test_what_explanations_cost_is_what_was_measured(folder, batch, start) -> No
         assert f"{measured[name]['ratio']:.2f}" in line, name
 
 
+@pytest.mark.parametrize(("file", "name"), [("vit", "ViT"), ("cnn", "MobileNetV2")])
+def test_what_fewer_bits_lose_is_what_was_measured(file, name) -> None:
+    text = (ROOT / "docs" / "speed.md").read_text()
+    for row in json.loads((ROOT / "benchmarks" / "results" / f"precision_{file}.json").read_text())["rows"]:
+        cells = [f"{row['same_class']:.0%}".replace("%", " %"), f"{row['spearman']:.4f}"]
+        cells += [f"{row[removal]['gap']:.4f}" for removal in ("zero", "blur")]
+        assert f"| {name} | {row['dtype']} | {' | '.join(cells)} |" in text
+        assert all(abs(end) <= 0.005 for removal in ("zero", "blur") for end in row[removal]["above_float32"])
+
+
 @pytest.mark.parametrize("case", OBJECTIVES)
 def test_what_was_tried_is_what_the_study_found(case) -> None:
     text = (ROOT / "docs" / "imagenet.md").read_text()

@@ -41,7 +41,7 @@ def test_the_reference_is_what_the_public_functions_give(report):
     assert reference["spearman"] == pytest.approx(1)
     for removal in ("zero", "blur"):
         gap = tve_hf.fidelity(classifier, pixel_values, scores, class_idx, removal=removal).gap.mean().item()
-        assert reference[removal] == {"gap": pytest.approx(gap, abs=1e-6), "above_float32": [0, 0]}
+        assert reference[removal] == {"gap": pytest.approx(gap, abs=1e-4), "above_float32": [0, 0]}
 
 
 def test_half_precision_rounds_maps_of_the_same_images_and_classes(report):
