@@ -264,6 +264,6 @@ def test_nothing_stands_in_the_way_of_people(browser, served, photo, theme, widt
     button(browser, "Explain").click()
     until(browser, lambda b: "the probability of" in text_of(b))
     button(browser, "Compare").click()
-    until(browser, lambda b: "LeGrad: fidelity gap" in text_of(b))
+    until(browser, lambda b: "Grad-CAM: fidelity gap" in text_of(b))
     assert violations(browser) == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
