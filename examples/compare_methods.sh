@@ -60,8 +60,13 @@ python examples/study_sampling.py --classifier $vit --files "$data/tiny_imagenet
 
 # What masked passes buy in training: both forms of the explainer at 20,000 and at 80,000.
 python examples/study_passes.py --classifier $vit --train_files "$data/tiny_imagenet/train-*.parquet" \
-    --test_files "$data/tiny_imagenet/test-*.parquet" --numbers 1250 5000 --num_images 60 \
+    --test_files "$data/tiny_imagenet/test-*.parquet" --numbers 1250 5000 --coalition_scale 0.7 --num_images 60 \
     --output_dir $runs/passes --output_file $results/passes.json --plot $results/passes.png
+
+# How small an explainer may be, at 80,000.
+python examples/study_sizes.py --classifier $vit --train_files "$data/tiny_imagenet/train-*.parquet" \
+    --test_files "$data/tiny_imagenet/test-*.parquet" --numbers 5000 --sizes 64x1 128x1 128x2 192x2 --num_images 60 \
+    --output_dir $runs/sizes --output_file $results/sizes.json --plot $results/sizes.png
 
 # Which backgrounds should stand for all: fidelity of two and of random ones, before any training.
 python examples/study_backgrounds.py --num_images 24 --bf16 --batch_size 4 --cells $runs/backgrounds \

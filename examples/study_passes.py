@@ -51,6 +51,9 @@ class Arguments:
     num_hidden_layers: int = 4
     max_steps: int = 625
     batch_size: int = 64
+    coalition_scale: float | None = field(
+        default=None, metadata={"help": "Of random backgrounds: blur of the fields, in patches."}
+    )
     num_images: int = 100
     seed: int = 0
 
@@ -67,7 +70,16 @@ def train(args: Arguments, form: str, number: int) -> Path:
         data.shuffle(seed=args.seed).select(range(number)).to_parquet(images)
     settings: dict[str, Any] = {
         name: getattr(args, name)
-        for name in ("grid_size", "hops", "hidden_size", "num_hidden_layers", "max_steps", "batch_size", "seed")
+        for name in (
+            "grid_size",
+            "hops",
+            "hidden_size",
+            "num_hidden_layers",
+            "max_steps",
+            "batch_size",
+            "coalition_scale",
+            "seed",
+        )
     } | FORMS[form]
     pretrain(
         PretrainArguments(

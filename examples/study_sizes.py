@@ -73,6 +73,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             gap, (low, high) = row[removal]["gap"], row[removal]["interval"]
             axis.errorbar(row["share"], gap, [[gap - low], [high - gap]], marker="o", capsize=3, color="#0072b2")
             axis.annotate(row["size"], (row["share"], gap), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        axis.margins(x=0.15)
         axis.set(xlabel="operations beside the prediction's, as a share of them", ylabel="fidelity gap", title=removal)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

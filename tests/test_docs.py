@@ -76,6 +76,18 @@ def test_what_fewer_bits_lose_is_what_was_measured(file, name) -> None:
         assert all(abs(end) <= 0.005 for removal in ("zero", "blur") for end in row[removal]["above_float32"])
 
 
+def test_how_small_an_explainer_may_be_is_what_was_measured() -> None:
+    text = (ROOT / "docs" / "speed.md").read_text()
+    report = json.loads((ROOT / "docs" / "comparison" / "sizes.json").read_text())
+    for row in report["rows"]:
+        gaps = [[row[removal]["gap"], *row[removal]["interval"]] for removal in ("zero", "blur")]
+        cells = " | ".join("{:.3f} ({:.3f} to {:.3f})".format(*values) for values in gaps)
+        size = row["size"].replace("x", " × ")
+        assert f"| {size} | {row['parameters']:,} | {100 * row['share']:.0f} % | {cells} |" in text
+    for front in report["front"].values():  # every size, as the text says
+        assert front == [row["size"] for row in report["rows"]]
+
+
 @pytest.mark.parametrize("case", OBJECTIVES)
 def test_what_was_tried_is_what_the_study_found(case) -> None:
     text = (ROOT / "docs" / "imagenet.md").read_text()
