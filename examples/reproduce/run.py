@@ -4,7 +4,7 @@
     python examples/reproduce/run.py targets explainers fidelity --data data --models models --dry_run
 
 A recipe is a file beside this one: a title, the question that it answers, and steps. Each step is a command with the
-file that it leaves behind, and an estimate of its minutes on two CPU cores. It is repeated for every combination of the
+file that it leaves behind, and an estimate of its minutes on two CPU cores. It is repeated for all combinations of the
 things of `common.yaml` that it names, whose values it may use in braces. Before anything is computed, the steps that
 are left are printed with their minutes, and what they read must be there: a file, or what another step leaves. Stopped
 anywhere, the same command goes on: each step's own command resumes. The seconds that were spent are added up in
