@@ -9,7 +9,6 @@ convolutions stay as they are.
 """
 
 import argparse
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +29,31 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 REMOVALS = ("zero", "blur")
 
 
-def quantize_blocks(model: nn.Module) -> int:
-    """Quantise, in place, the linear layers of all lists of blocks; return how many there are."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    names = [
+def linears_of_blocks(model: nn.Module) -> set[str]:
+    """Names of the linear layers in all lists of blocks."""
+    return {
         f"{outer}.{inner}"
         for outer, blocks in model.named_modules()
         if isinstance(blocks, nn.ModuleList)
         for inner, layer in blocks.named_modules()
         if isinstance(layer, nn.Linear)
-    ]
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda module, name: name in names)
-    return len(set(names))
+    }
+
+
+def quantize(model: nn.Module, names: set[str]) -> None:
+    """Quantise these layers in place."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda _, name: name in names)
 
 
 def prepared(name: str, model: str, dtype: str) -> tuple[SplitClassifier, TVEExplainer]:
     """Classifier and explainer in a precision, the first reading what the second needs."""
     classifier = split_classifier(name, dtype=DTYPES[dtype])
     explainer = TVEExplainer.from_pretrained(model, dtype=DTYPES[dtype]).eval()
-    if dtype == "int8" and not quantize_blocks(classifier.backbone.model) + quantize_blocks(explainer):
-        raise ValueError("Neither classifier nor explainer has blocks with linear layers to quantise.")
+    if dtype == "int8":
+        for part in (classifier.backbone.model, explainer):
+            quantize(part, linears_of_blocks(part))
     return classifier.reading(tuple(explainer.config.feature_names)), explainer
 
 
@@ -68,7 +71,7 @@ def maps(classifier: SplitClassifier, explainer: TVEExplainer, pixel_values: Ten
 def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each precision."""
     models = {dtype: prepared(args.classifier, args.model, dtype) for dtype in ("float32", *args.dtypes)}
-    judge, explainer = (copy.deepcopy(part) for part in models["float32"])
+    judge, explainer = models["float32"]
     images = open_images(args.files)
     data: Any = images.data
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed)).tolist()

@@ -145,7 +145,7 @@ def mask(x: Tensor, patch_size: int, generator: Generator) -> Tensor:
     """Set random patches of every third image to zero."""
     side = x.shape[-1] // patch_size
     chosen = torch.rand(len(x), generator=generator) < 1 / 3
-    keep = Coalitions("smooth").draw(len(x), 2, (side, side), generator)[:, 0] | ~chosen[:, None]
+    keep = Coalitions("smooth", scale=0.7).draw(len(x), 2, (side, side), generator)[:, 0] | ~chosen[:, None]
     return x * F.interpolate(keep.view(-1, 1, side, side).float(), scale_factor=patch_size, mode="nearest")
 
 

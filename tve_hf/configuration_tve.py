@@ -209,8 +209,7 @@ class TVEConfig(BackboneReaderConfig):
         if self.trunk == "vit_mae" and self.mae_config is None:
             self.mae_config = {}
         super().__post_init__(**kwargs)
-        if self.coalition_scale is None:
-            self.coalition_scale = Coalitions().scale_on(self.grid_shape)
+        self.coalition_scale = self.distribution.scale_on(self.grid_shape)
         if self.mae_config is not None:
             mae_config: Any = copy.deepcopy(self.mae_config)
             mae_config.mask_ratio = 0.0

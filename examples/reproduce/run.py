@@ -64,44 +64,41 @@ class Step:
         return self.command[self.command.index(name) + 1] if name in self.command else None
 
 
-def steps_of(recipe: str, places: dict[str, str]) -> list[Step]:
-    """The steps of a recipe, one for every combination of what each is repeated for.
-
-    Args:
-        places: `data`, `models` and `out`, the folders that commands name.
+def read(recipe: str) -> dict[str, Any]:
+    """The title, question and steps of a recipe, as its file has them.
 
     Raises:
         ValueError: If there is no such recipe.
     """
     if recipe not in RECIPES:
         raise ValueError(f"There is no recipe {recipe!r}; choose among {', '.join(RECIPES)}.")
+    return yaml.safe_load((HERE / f"{recipe}.yaml").read_text())
+
+
+def steps_of(recipe: dict[str, Any], places: dict[str, str]) -> list[Step]:
+    """The steps of a recipe, one for every combination of what each is repeated for.
+
+    Args:
+        places: `data`, `models` and `out`, the folders that commands name.
+    """
     common = yaml.safe_load((HERE / "common.yaml").read_text())
     steps = []
-    for entry in yaml.safe_load((HERE / f"{recipe}.yaml").read_text())["steps"]:
+    for entry in recipe["steps"]:
         axes = [[{axis: name} | (more or {}) for name, more in common[axis].items()] for axis in entry.get("for", [])]
         for combination in itertools.product(*axes):
-            values: dict[str, Any] = dict(places)
+            values = dict(places)
             for chosen in combination:
-                values |= chosen
+                values |= {name: str(value).format(**places) for name, value in chosen.items()}
             steps.append(_step(entry, values, places))
     return steps
 
 
-def _step(entry: dict[str, Any], values: dict[str, Any], places: dict[str, str]) -> Step:
-    command = tuple(shlex.split(_filled(entry["run"], values)))
-    creates = _filled(entry["creates"], values)
-    minutes = entry["minutes"]
-    own = (creates, str(Path(creates).parent))
+def _step(entry: dict[str, Any], values: dict[str, str], places: dict[str, str]) -> Step:
+    command = tuple(shlex.split(entry["run"].format(**values)))
+    creates = Path(entry["creates"].format(**values))
+    own = (str(creates), str(creates.parent))
     inputs = [word for word in command if word.startswith((*places.values(), "tve_hf/")) and word not in own]
-    return Step(
-        command, Path(creates), minutes if isinstance(minutes, int) else minutes[values["backbone"]], tuple(inputs)
-    )
-
-
-def _filled(template: str, values: dict[str, Any]) -> str:
-    """A template with its values, which may themselves name others."""
-    filled = template.format(**values)
-    return filled.format(**values) if "{" in filled else filled
+    return Step(command, creates, entry["minutes"], tuple(inputs))
 
 
 def check(steps: list[Step]) -> None:
@@ -187,8 +184,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     places = {"data": args.data, "models": args.models, "out": str(args.output_dir)}
     try:
-        steps = [step for recipe in args.recipes for step in steps_of(recipe, places)]
+        recipes = [read(name) for name in args.recipes]
+        steps = [step for recipe in recipes for step in steps_of(recipe, places)]
         check(steps)
+        for recipe in recipes:
+            print(f"{recipe['title']}: {recipe['question']}")
         print(describe(steps), flush=True)
         if not args.dry_run:
             run(steps, args.output_dir)

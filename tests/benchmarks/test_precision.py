@@ -57,3 +57,15 @@ def test_half_precision_rounds_maps_of_the_same_images_and_classes(report):
         for dtype in ("float32", "bfloat16")
     )
     assert 0 < (full - rounded).abs().max() < 0.05 * full.abs().max()
+
+
+def test_eight_bits_are_for_the_blocks_of_both(report):
+    """Neither for the head, which is folded into the explainer's last layer, nor for that layer."""
+    folder, classifier, _ = report
+    linears = runpy.run_path(str(SCRIPT))["linears_of_blocks"]
+    model = classifier.backbone.model
+    weights = {name.removesuffix(".weight") for name, weight in model.named_parameters() if weight.ndim == 2}
+    assert linears(model) == weights - {"classifier"}
+    explainer = tve_hf.TVEExplainer.from_pretrained(folder / "explainer")
+    found = linears(explainer)
+    assert found and all(name.startswith("trunk.layers.") for name in found)

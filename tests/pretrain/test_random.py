@@ -210,6 +210,7 @@ def test_an_antithetical_explainer_is_made_over(settings, tmp_path):
     settings |= {"explainer": str(tmp_path / "before"), "max_steps": 1, "learning_rate": 0.0}
     after = train(settings, hidden_size=16)
     assert after.config.backgrounds == "random" and before.config.backgrounds == "antithetical"
+    assert after.config.coalition_scale == pytest.approx(GRID / 10)  # named, not left to what a later version takes
     weights = after.state_dict()
     heads = [name for name in weights if name.startswith(("trunk.differences.", "trunk.means."))]
     assert len(heads) == 3 and not any(weights[name].any() for name in heads)  # with another meaning

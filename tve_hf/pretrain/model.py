@@ -109,6 +109,7 @@ def _with_backgrounds(explainer: TVEExplainer, args: PretrainArguments) -> TVEEx
     changed = config.backgrounds != args.backgrounds
     for name, value in args.states().items():
         setattr(config, name, value)
+    config.coalition_scale = config.distribution.scale_on(config.grid_shape)
     config.validate_architecture()
     other = TVEExplainer(config)
     anew = tuple(f"trunk.{name}." for name in other.trunk.heads) if changed else ()

@@ -57,16 +57,18 @@ FLAKY = (
 
 
 def test_a_failed_study_goes_on_where_it_was(study, tmp_path, capfd):
-    step = {"for": ["backbone", "task"], "creates": "{out}/{backbone}-{task}/done", "minutes": {"one": 2, "two": 5}}
+    step = {"for": ["backbone", "task"], "creates": "{out}/{backbone}-{task}/done", "minutes": 3}
     write(tmp_path, step | {"run": f"{script(FLAKY)} {{out}}/{{backbone}}-{{task}}"})
     with pytest.raises(
         SystemExit, match=r"`python -c .*ended with 3, without .*two-cats/done; .* goes on from there\."
     ):
         go(study, tmp_path)
-    assert "2 of 2 steps are left: about 7 minutes" in capfd.readouterr().out
+    assert (
+        "Mine: ?\n     3 min" in (said := capfd.readouterr().out) and "2 of 2 steps are left: about 6 minutes" in said
+    )
     first = json.loads((tmp_path / "o" / "compute.json").read_text())
     go(study, tmp_path)
-    assert "1 of 2 steps are left: about 5 minutes" in capfd.readouterr().out
+    assert "1 of 2 steps are left: about 3 minutes" in capfd.readouterr().out
     counts = {name: (tmp_path / "o" / f"{name}-cats" / "count").read_text() for name in ("one", "two")}
     assert counts == {"one": "1", "two": "2"}
     second = json.loads((tmp_path / "o" / "compute.json").read_text())
@@ -76,7 +78,7 @@ def test_a_failed_study_goes_on_where_it_was(study, tmp_path, capfd):
 
 def test_values_may_name_places(study, tmp_path):
     write(tmp_path, {"for": ["backbone"], "run": "echo {word} {data}", "creates": "{out}/{backbone}", "minutes": 1})
-    one, two = study.steps_of("mine", {"data": "d", "models": "m", "out": "o"})
+    one, two = study.steps_of(study.read("mine"), {"data": "d", "models": "m", "out": "o"})
     assert one.command == ("echo", "a", "d")
     assert two.command == ("echo", "o/b", "d")
     assert one.reads == ("d",)
@@ -133,7 +135,11 @@ def test_recipes_of_the_repository_are_whole():
     module = importlib.util.module_from_spec(spec)
     sys.modules["whole"] = module
     spec.loader.exec_module(module)
-    steps = [step for name in module.RECIPES for step in module.steps_of(name, dict(data="d", models="m", out="o"))]
+    steps = [
+        step
+        for name in module.RECIPES
+        for step in module.steps_of(module.read(name), dict(data="d", models="m", out="o"))
+    ]
     assert steps
     assert len({step.creates for step in steps}) == len(steps)
     for step in steps:
