@@ -4,8 +4,8 @@
 
 On the same images: how often the class stays that of float32, the rank correlation with its maps, and the fidelity of
 the maps under the classifier in float32, where both are asked for the class of float32. "int8" is torchao's dynamic
-quantisation (`pip install torchao`) of the linear layers of the transformers' blocks, classifier's and explainer's;
-convolutions stay as they are.
+quantisation (`pip install torchao`) of the linear layers in lists of layers, which are the transformers' blocks and
+the explainer's readers of features; convolutions, the head and the explainer's last layer stay as they are.
 """
 
 import argparse

@@ -40,8 +40,22 @@ def test_which_backgrounds_is_what_the_study_found() -> None:
     ways += [(vit, "two states/prob/one hop", "zero"), (vit, "smooth 0.7/prob/as they are", "blur")]
     ways += [(vit, "smooth 0.7, half blurred/prob/as they are", removal) for removal in ("zero", "blur")]
     ways += [(cnn, f"{source}/prob/one hop", "zero") for source in ("smooth 1.5", "smooth 0.7", "independent")]
+    both = ("smooth 0.7", "smooth 0.7, half blurred")
+    ways += [(cnn, f"{source}/prob/one hop", removal) for source in both for removal in ("zero", "blur")]
     found = {f"{table[way][removal]['gap']:.3f}" for table, way, removal in ways}
     assert found == set(re.findall(r"0\.\d{3}", text))
+    # What is said of all sources, and of every distribution.
+    for way, row in cnn.items():
+        source, rule, averaging = way.split("/")
+        if (rule, averaging) == ("prob", "one hop"):
+            plain = cnn[f"{source}/prob/as they are"]
+            assert all(row[removal]["gap"] > plain[removal]["gap"] for removal in ("zero", "blur"))
+    for table in (vit, cases["vit-tiny-cats-vs-dogs, P=8"]):
+        best: dict[str, float] = {}
+        for way, row in table.items():
+            source = way.split("/")[0]
+            best[source] = max(best.get(source, 0), row["zero"]["gap"])
+        assert min(best, key=lambda source: best[source]) == "two states"
 
 
 @pytest.mark.parametrize(

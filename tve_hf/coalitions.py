@@ -33,8 +33,8 @@ class Coalitions(NamedTuple):
     Args:
         name: a key of `COALITIONS`.
         prob: of "independent": with which each patch is kept.
-        scale: of "smooth": standard deviation of the blur, in patches; by default a tenth of the grid's shorter side,
-            at which maps of CNNs were the most faithful on fine and on coarse grids (`examples/study_backgrounds.py`).
+        scale: of "smooth": standard deviation of the blur, in patches; by default a tenth of the grid's shorter side.
+            Near it maps of CNNs were more faithful than at half or at twice of it: `examples/study_backgrounds.py`.
     """
 
     name: str = "smooth"
