@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from ..messages import REPORT, is_expected, message
+from .allocator import keep_freed_memory
 from .bench import bench
 from .explain import explain
 from .export import export
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     command, *rest = arguments or [""]
     if command in COMMANDS:
+        keep_freed_memory()
         return COMMANDS[command](rest)
     if command == "--version":
         print(VERSION)
