@@ -33,6 +33,7 @@ from tve_hf.bulk.ahead import num_workers
 from tve_hf.bulk.run import explain_rows, prepared_batches, results_of
 from tve_hf.bulk.shards import Folder
 from tve_hf.bulk.work import Row, Work
+from tve_hf.cli.allocator import keep_freed_memory
 from tve_hf.cli.explain import PictureRun
 from tve_hf.cli.explain import explain as command
 from tve_hf.cli.models import load_pipeline
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    keep_freed_memory()  # as the command does, for all ways
     explainer = load_pipeline(args.model, args.classifier, None, None, {})
     found = open_images(args.images)
     data: Any = found.data

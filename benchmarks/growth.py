@@ -80,7 +80,7 @@ def main() -> None:
     args = BenchArguments(
         classifiers=given.classifiers,
         methods=["tve"],
-        batch_sizes=[8],
+        batch_sizes=[1],
         repeats=given.repeats,
         hidden_size=given.hidden_size,
         device=given.device,

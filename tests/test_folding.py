@@ -12,7 +12,7 @@ from transformers import ViTImageProcessorPil
 from tve_hf import folding
 from tve_hf.attribution import RULES, check_rule, transfer
 from tve_hf.classifiers import SplitClassifier, split_classifier
-from tve_hf.folding import affine_map, explain_pass
+from tve_hf.folding import explain_pass
 from tve_hf.modeling_tve import TVEExplainer
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
@@ -125,29 +125,6 @@ def test_a_classifier_in_bfloat16_loses_its_rounding_alone(tmp_path, images, bac
 class Clamped(nn.Linear):
     def forward(self, embeddings: Tensor) -> Tensor:
         return super().forward(embeddings).clamp(-30, 30)
-
-
-@torch.no_grad()
-def test_affine_maps_are_found_whatever_they_are_written_as() -> None:
-    torch.manual_seed(0)
-    linear, scaled = nn.Linear(6, 3), nn.Linear(6, 3, bias=False)
-    convolution = nn.Conv2d(6, 3, 1)
-    heads = {
-        "sum": (lambda e: linear(e) + 0.5 * scaled(e), linear.weight + 0.5 * scaled.weight, linear.bias),
-        "part": (lambda e: linear(e)[..., :2], linear.weight[:2], linear.bias[:2]),
-        "convolution": (
-            lambda e: convolution(e.reshape(-1, 6, 1, 1)).reshape(*e.shape[:-1], 3),
-            convolution.weight.flatten(1),
-            convolution.bias,
-        ),
-    }
-    for name, (head, weight, bias) in heads.items():
-        found = affine_map(head, 6, torch.float32, torch.device("cpu"))
-        assert found is not None, name
-        torch.testing.assert_close(found.weight, weight)
-        torch.testing.assert_close(found.bias, bias)
-    half = affine_map(linear.bfloat16(), 6, torch.bfloat16, torch.device("cpu"))
-    assert torch.equal(half.weight, linear.weight.float()) and torch.equal(half.bias, linear.bias.float())
 
 
 @torch.no_grad()

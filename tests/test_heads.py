@@ -26,7 +26,7 @@ from transformers import ViTConfig, ViTForImageClassification, pipeline
 
 import tve_hf
 from tve_hf import SplitClassifier, TVEExplainer, split_classifier
-from tve_hf.heads import LEAST_PROBABILITY, EstimatorHead, NeighborsHead, PrototypeHead
+from tve_hf.heads import LEAST_PROBABILITY, EstimatorHead, NeighborsHead, PrototypeHead, affine_map
 from tve_hf.methods import explain
 
 D = 8
@@ -492,3 +492,26 @@ def test_a_second_head_costs_no_pass_of_the_backbone(shared_model, images, examp
         logits = [model(image[None])[0].log_softmax(0)[y] for image in (alone, without)]
         torch.testing.assert_close(general_scores[b, row * rows + column], logits[0] - logits[1], rtol=1e-3, atol=1e-4)
     assert np.corrcoef(scores.flatten(), general_scores.flatten())[0, 1] < 0.99  # the heads do differ
+
+
+@torch.no_grad()
+def test_affine_maps_are_found_whatever_they_are_written_as() -> None:
+    torch.manual_seed(0)
+    linear, scaled = nn.Linear(6, 3), nn.Linear(6, 3, bias=False)
+    convolution = nn.Conv2d(6, 3, 1)
+    heads = {
+        "sum": (lambda e: linear(e) + 0.5 * scaled(e), linear.weight + 0.5 * scaled.weight, linear.bias),
+        "part": (lambda e: linear(e)[..., :2], linear.weight[:2], linear.bias[:2]),
+        "convolution": (
+            lambda e: convolution(e.reshape(-1, 6, 1, 1)).reshape(*e.shape[:-1], 3),
+            convolution.weight.flatten(1),
+            convolution.bias,
+        ),
+    }
+    for name, (head, weight, bias) in heads.items():
+        found = affine_map(head, 6, torch.float32, torch.device("cpu"))
+        assert found is not None, name
+        torch.testing.assert_close(found.weight, weight)
+        torch.testing.assert_close(found.bias, bias)
+    half = affine_map(linear.bfloat16(), 6, torch.bfloat16, torch.device("cpu"))
+    assert torch.equal(half.weight, linear.weight.float()) and torch.equal(half.bias, linear.bias.float())

@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from .attribution import MOST_LOGITS, Rule, rule_named, transfer
 from .classifiers import SplitClassifier
+from .heads import AffineMap, affine_map, tolerance
 from .modeling_tve import TVEExplainer
 from .patches import average_over_neighborhoods
 from .trunk_backbone import TVEBackboneTrunk, TVEDifferenceHead, efficient, kept_and_removed
@@ -78,41 +78,24 @@ class _Pass(NamedTuple):
         return out.kept, out.removed
 
 
-class AffineMap(NamedTuple):
-    """e -> W e + b, in float32.
+class _Pooled(NamedTuple):
+    """A feature map whose mean is the embedding.
 
     Args:
-        weight: W, (C, D); or a row of it.
-        bias: b, (C,); or a value of it.
+        positions: its vectors, (B, h * w, D).
+        spread: what each patch takes of each position, (N, h * w).
     """
 
-    weight: Tensor
-    bias: Tensor
+    positions: Tensor
+    spread: Tensor
 
-
-@torch.no_grad()
-def affine_map(head: nn.Module, embedding_dim: int, dtype: torch.dtype, device: torch.device) -> AffineMap | None:
-    """What an affine head does to an embedding, found by its derivatives; None if it is not affine, or has none."""
-    generator = torch.Generator().manual_seed(0)
-    # Short and long, since a head may be affine up to some length alone, as one that clamps is.
-    lengths = torch.tensor([0.01, 1, 100, 10_000])[:, None]
-    one, other = (lengths * torch.randn(4, embedding_dim, generator=generator) for _ in range(2))
-    points = torch.stack([one, other, one + other, torch.zeros_like(one)]).to(device, dtype)
-    logits = head(points).float()  # (4 points, 4 lengths, C)
-    error = (logits[2] + logits[3] - logits[0] - logits[1]).abs().amax(-1)
-    if not (error <= _tolerance(dtype) * logits.abs().amax((0, 2))).all():
-        return None
-    columns: list[Any] = []
-    try:
-        for directions in torch.eye(embedding_dim, dtype=dtype, device=device).split(256):
-            with forward_ad.dual_level():
-                dual = forward_ad.make_dual(torch.zeros_like(directions), directions)
-                columns.append(forward_ad.unpack_dual(head(dual)).tangent)
-    except RuntimeError:  # torch's, of a function that has no derivative, such as an estimator's
-        return None
-    if any(column is None for column in columns):
-        return None
-    return AffineMap(torch.cat(columns).float().T.contiguous(), logits[3, 0])
+    @classmethod
+    def of(cls, feature: Tensor, grid: tuple[int, int]) -> "_Pooled":
+        """Of a map (B, D, h, w), which bilinear interpolation brings to the grid."""
+        size = feature.shape[2:]
+        each = torch.eye(size.numel(), dtype=feature.dtype, device=feature.device).unflatten(1, size).unsqueeze(0)
+        spread = F.interpolate(each, size=grid, mode="bilinear", align_corners=False)
+        return cls(feature.flatten(2).mT.contiguous(), spread[0].flatten(1).mT)
 
 
 class FoldedHead(NamedTuple):
@@ -152,41 +135,46 @@ class FoldedHead(NamedTuple):
         return FoldedHead(self.weight[classes], self.bias[classes], self.empty[classes], share)
 
     def logits(
-        self, explainer: TVEExplainer, hidden: Tensor, feature: Tensor | None, full: Tensor
+        self, explainer: TVEExplainer, hidden: Tensor, pooled: "_Pooled | None", full: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Logits of kept and of removed, (B, N, R) each.
 
         Args:
             explainer: its config says what is made of the trunk's two predictions.
             hidden: what `TVEBackboneReader.read` gives, (B, N, hidden), float32.
-            feature: the pooled feature map, (B, D, h, w), float32.
+            pooled: the pooled feature map, where predictions start from it.
             full: the classifier's own logits of these classes, (B, R).
         """
         prob = explainer.keep_prob
         weights, biases = self.weight.unbind(-2), self.bias.unsqueeze(-3).unbind(-1)
-        first = hidden @ weights[0].mT + biases[0]
+        phi = hidden @ weights[0].mT
         if explainer.config.backgrounds != "random":
-            return first + self.empty.unsqueeze(-2), full.unsqueeze(1) + (hidden @ weights[1].mT + biases[1])
-        if self.share is not None and feature is not None:
-            added = (feature.flatten(2).mT @ self.share.mT).mT.unflatten(2, feature.shape[2:])  # (B, R, h, w)
-            added = F.interpolate(added, size=explainer.grid_shape, mode="bilinear", align_corners=False)
-            first = first + added.flatten(2).mT
+            kept = phi + (biases[0] + self.empty.unsqueeze(-2))
+            return kept, full.unsqueeze(1) + (hidden @ weights[1].mT + biases[1])
+        # What all patches share is added up at one of them: at all, it would take longer than their own products.
         mean = hidden.mean(1, keepdim=True)
-        all_alike, base_change = (mean @ to.mT + bias for to, bias in zip(weights[1:], biases[1:], strict=True))
-        phi, base = first + all_alike, torch.lerp(self.empty, full, prob) + base_change.squeeze(1)
+        own, all_alike, base_change = (mean @ to.mT for to in weights)  # (B, 1, R) each
+        level = own + all_alike + (biases[0] + biases[1])  # the mean of phi
+        if self.share is not None and pooled is not None:
+            added = pooled.positions @ self.share.mT  # (B, h * w, R)
+            phi.baddbmm_(pooled.spread.expand(len(phi), -1, -1), added)
+            evenly = pooled.spread.mean(0) @ added
+            own, level = own + evenly.unsqueeze(1), level + evenly.unsqueeze(1)
+        base = torch.lerp(self.empty, full, prob) + (base_change + biases[2]).squeeze(1)
         if explainer.is_efficient:
-            phi, base = efficient(phi, self.empty, full, prob)
-        return kept_and_removed(phi, base, prob)
+            total, base = efficient(phi.shape[1] * level, self.empty, full, prob)
+            level = total / phi.shape[1]
+        return kept_and_removed(phi.add_(level - own), base, prob)
 
     def scores(self, explainer: TVEExplainer, read: _Pass, classes: Tensor, how: Rule, multi_label: bool) -> Tensor:
         """Scores of classes (B, K) before averaging, (B, K, N)."""
         trunk: Any = explainer.trunk
         hidden = trunk.read(read.pixel_values, read.features, read.embeddings)[0].float()
-        feature = None if self.share is None else read.features[trunk.pooled].float()
+        pooled = None if self.share is None else _Pooled.of(read.features[trunk.pooled].float(), explainer.grid_shape)
         full = read.logits.float()
 
         def logits(rows: Tensor | slice, full: Tensor) -> tuple[Tensor, Tensor]:
-            return self.only(rows).logits(explainer, hidden, feature, full)
+            return self.only(rows).logits(explainer, hidden, pooled, full)
 
         chosen = logits(classes, full.gather(1, classes))  # 2 x (B, N, K)
         normalizers: Any = (None, None)
@@ -218,7 +206,7 @@ class _Kept(NamedTuple):
         """Whether a pass's logits are those of the folded head, which adapters change and leave its weights."""
         logits = read.logits.float()
         error = logits @ self.direction - (read.embeddings.float() @ self.affine.weight + self.affine.bias)
-        return bool((error.abs() <= _tolerance(read.embeddings.dtype) * logits.norm(dim=-1)).all())
+        return bool((error.abs() <= tolerance(read.embeddings.dtype) * logits.norm(dim=-1)).all())
 
 
 # By head and explainer, since finding what a head does takes D passes of it. Holds neither of them alive.
@@ -260,7 +248,7 @@ def _fold(
     scores = folded.scores(explainer, read, classes, rule_named("logit"), classifier.multi_label)
     error = (scores - transfer(*read.predicted(explainer), classifier, classes, "logit")).abs().amax()
     rounding = 8 * torch.finfo(classifier.dtype).eps * read.logits.abs().amax()  # of the way without folding
-    same = bool(error <= _tolerance(torch.float32) * scores.abs().amax() + rounding)
+    same = bool(error <= tolerance(torch.float32) * scores.abs().amax() + rounding)
     return kept if same and kept.holds(read) else kept._replace(folded=None)
 
 
@@ -277,9 +265,4 @@ def _state(weights: list[Tensor]) -> tuple:
     )
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    """The error of sums of products in a precision, relative to the largest."""
-    return max(1e-4, 8 * torch.finfo(dtype).eps)
-
-
-__all__ = ["AffineMap", "FoldedHead", "affine_map", "explain_pass", "folded_head"]
+__all__ = ["FoldedHead", "explain_pass", "folded_head"]

@@ -4,23 +4,27 @@ Each maps embeddings with any leading dimensions to logits, (..., D) -> (..., C)
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .estimators import LEAST_PROBABILITY, EstimatorHead
 
 __all__ = [
     "LEAST_PROBABILITY",
     "METRICS",
+    "AffineMap",
     "BinaryHead",
     "EstimatorHead",
     "NeighborsHead",
     "PrototypeHead",
     "RowsHead",
+    "affine_map",
     "as_head",
+    "tolerance",
     "try_head",
 ]
 
@@ -228,3 +232,45 @@ def _squared_distances(embeddings: Tensor, points: Tensor, metric: str) -> Tenso
 
 def _shortened(values: list[int]) -> str:
     return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
+
+
+class AffineMap(NamedTuple):
+    """e -> W e + b, in float32.
+
+    Args:
+        weight: W, (C, D); or a row of it.
+        bias: b, (C,); or a value of it.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+@torch.no_grad()
+def affine_map(head: nn.Module, embedding_dim: int, dtype: torch.dtype, device: torch.device) -> AffineMap | None:
+    """What an affine head does to an embedding, found by its derivatives; None if it is not affine, or has none."""
+    generator = torch.Generator().manual_seed(0)
+    # Short and long, since a head may be affine up to some length alone, as one that clamps is.
+    lengths = torch.tensor([0.01, 1, 100, 10_000])[:, None]
+    one, other = (lengths * torch.randn(4, embedding_dim, generator=generator) for _ in range(2))
+    points = torch.stack([one, other, one + other, torch.zeros_like(one)]).to(device, dtype)
+    logits = head(points).float()  # (4 points, 4 lengths, C)
+    error = (logits[2] + logits[3] - logits[0] - logits[1]).abs().amax(-1)
+    if not (error <= tolerance(dtype) * logits.abs().amax((0, 2))).all():
+        return None
+    columns: list[Any] = []
+    try:
+        for directions in torch.eye(embedding_dim, dtype=dtype, device=device).split(256):
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(torch.zeros_like(directions), directions)
+                columns.append(forward_ad.unpack_dual(head(dual)).tangent)
+    except RuntimeError:  # torch's, of a function that has no derivative, such as an estimator's
+        return None
+    if any(column is None for column in columns):
+        return None
+    return AffineMap(torch.cat(columns).float().T.contiguous(), logits[3, 0])
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The error of sums of products in a precision, relative to the largest."""
+    return max(1e-4, 8 * torch.finfo(dtype).eps)

@@ -27,10 +27,11 @@ class TVEFeatureReader(nn.Module):
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         """Return tokens (B, N, hidden) of a map (B, C, h, w) of any height and width."""
         hidden = self.projection(self.norm(feature_map.permute(0, 2, 3, 1)))  # (B, h, w, hidden)
-        hidden = nn.functional.interpolate(
-            hidden.permute(0, 3, 1, 2), size=self.grid_shape, mode="bilinear", align_corners=False
-        )  # (B, hidden, rows, cols)
-        return hidden.flatten(2).transpose(1, 2)  # (B, N, hidden)
+        if hidden.shape[1:3] != self.grid_shape:
+            maps = hidden.permute(0, 3, 1, 2)
+            maps = nn.functional.interpolate(maps, size=self.grid_shape, mode="bilinear", align_corners=False)
+            hidden = maps.permute(0, 2, 3, 1)
+        return hidden.flatten(1, 2)  # (B, N, hidden)
 
 
 class TVEDifferenceHead(nn.Linear):
@@ -218,7 +219,7 @@ class TVEBackboneTrunk(TVEBackboneReader):
 def kept_and_removed(phi: torch.Tensor, base: torch.Tensor, prob: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return kept and removed, (B, N, D) each, float32 since phi, (B, N, D), is small beside base, (B, D)."""
     phi, base = phi.float(), base.float().unsqueeze(1)
-    return base + (1 - prob) * phi, base - prob * phi
+    return torch.add(base, phi, alpha=1 - prob), torch.sub(base, phi, alpha=prob)
 
 
 def phi_and_base(kept: torch.Tensor, removed: torch.Tensor, prob: float) -> tuple[torch.Tensor, torch.Tensor]:
