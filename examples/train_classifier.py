@@ -80,12 +80,22 @@ class PaperTrainingArguments(TrainingArguments):
 
 
 class ClassifierTrainer(Trainer):
-    """A `Trainer` whose frozen modules stay in eval mode: no dropout, and batch statistics as they were learnt."""
+    """A `Trainer` whose frozen modules stay in eval mode, without dropout.
+
+    Args:
+        keep_statistics: whether batch norms keep those that they have learnt. Those of a batch would replace them,
+            and where norms were merged into their convolutions, the scale of every layer with them.
+    """
+
+    def __init__(self, *args: Any, keep_statistics: bool, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.keep_statistics = keep_statistics
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for module in model.modules():
             own = list(module.parameters())
-            if own and not any(parameter.requires_grad for parameter in own):
+            is_frozen = own and not any(parameter.requires_grad for parameter in own)
+            if is_frozen or (self.keep_statistics and isinstance(module, nn.modules.batchnorm._BatchNorm)):
                 module.eval()
         return super().compute_loss(model, *args, **kwargs)
 
@@ -148,6 +158,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         return read
 
     trainer = ClassifierTrainer(
+        keep_statistics=args.config is None,
         model=model,
         args=training,
         train_dataset=data[args.train_split].with_transform(reader(args.flip)),

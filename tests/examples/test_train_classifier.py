@@ -72,12 +72,15 @@ def test_full_fine_tuning_moves_the_backbone(example, folder, tmp_path):
     assert not torch.equal(*(m.resnet.embedder.embedder.convolution.weight.data for m in (model, before)))
     prints = [tve_hf.split_classifier(m).fingerprint() for m in (model, before)]
     assert tve_hf.fingerprint.match(*prints) == "same architecture, other weights"
+    ours, theirs = ({name: value for name, value in m.named_buffers()} for m in (model, before))
+    assert ours and all(torch.equal(ours[name], theirs[name]) for name in theirs)  # batch statistics
     assert metrics["eval_accuracy"] >= 0.9
 
 
 def test_from_scratch_and_again_from_the_last_checkpoint(example, folder, tmp_path):
     config = ["--config", str(folder / "model")]
     whole, model = run(example, folder, tmp_path / "whole", *config, "--num_train_epochs", "2")
+    assert (model.resnet.embedder.embedder.normalization.running_var != 1).any()  # which learns them
     assert model.config.num_labels == 2
     # The last checkpoint is lost: the same command trains only what is missing, to the same weights.
     (tmp_path / "part").mkdir()
