@@ -16,9 +16,8 @@ For the ViT that the package ships, with the layers and images of the TVE explai
         --model tve_hf/checkpoints/tve-vit-tiny-tiny-imagenet --vit_shapley vit-shapley-vit-tiny-tiny-imagenet \
         --test_files 'tiny_imagenet/test-*.parquet' --output_dir vit-shapley-against-tve
 
-That is 2.3 million passes of the classifier; TVE's explainer, which serves every head, took 4.1 million. What came of
-it is in `examples/vit-shapley-vit-tiny-tiny-imagenet`. `accelerate launch` runs it on several GPUs. Started again with
-the same arguments, it goes on from its last checkpoint.
+That is 2.3 million passes of the classifier. What came of it is in `examples/vit-shapley-vit-tiny-tiny-imagenet`.
+`accelerate launch` runs it on several GPUs. Started again with the same arguments, it goes on from its last checkpoint.
 """
 
 import copy
