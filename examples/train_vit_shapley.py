@@ -17,7 +17,7 @@ For the ViT that the package ships, with the layers and images of the TVE explai
         --test_files 'tiny_imagenet/test-*.parquet' --output_dir vit-shapley-against-tve
 
 That is 2.3 million passes of the classifier. What came of it is in `examples/vit-shapley-vit-tiny-tiny-imagenet`.
-`accelerate launch` runs it on several GPUs. Started again with the same arguments, it goes on from its last checkpoint.
+`accelerate launch` runs it on several GPUs. Started again with the same arguments, it goes on from a checkpoint.
 """
 
 import copy

@@ -8,6 +8,7 @@ import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from interruptions import before_step
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import GRID, SIDE, noise_image, same_weights, save_run
 from transformers import AutoImageProcessor, AutoModel, ViTForImageClassification, pipeline
@@ -115,8 +116,14 @@ def test_refinement_is_fitted_to_the_most_faithful_maps(settings, tmp_path, monk
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_rule_is_that_of_the_most_faithful_maps(settings, tmp_path, seed):
-    """And what the explainer says of its quality is measured under it."""
+def test_the_rule_is_that_of_the_most_faithful_maps(settings, tmp_path, monkeypatch, seed):
+    """And what the explainer says of its quality is measured under it, and its last picture drawn."""
+    colors = {None: (0, 0, 255), "prob": (255, 0, 0), "prob_averaged": (0, 255, 0)}
+    monkeypatch.setattr(
+        tve_hf.pretrain.held_out_coalitions.HeldOutCoalitions,
+        "_picture",
+        lambda watch, scores: Image.new("RGB", (1, 1), colors[watch.config.rule]),
+    )
     settings |= {
         "validation_files": settings["train_files"],
         "validation_images": NUM_IMAGES,
@@ -138,6 +145,8 @@ def test_the_rule_is_that_of_the_most_faithful_maps(settings, tmp_path, seed):
         gaps[rule] = fidelity(classifier, **pixel_values, scores=scores, class_idx=class_idx).gap.mean()
     assert gaps["prob"] != gaps["prob_averaged"]
     assert config.rule == max(gaps, key=gaps.get)
+    drawn = Image.open(tmp_path / "run" / "validation-2.png").getpixel((0, 0))
+    assert drawn in {colors[config.rule], colors[None] if config.rule == "prob" else None}  # prob is the default
     assert config.quality["fidelity_gap"] == pytest.approx(
         gaps[config.rule].item(), abs=2e-3
     )  # saved in half precision

@@ -16,6 +16,7 @@ from ..modeling_tve import TVEExplainer
 from .checkpointing import UNFINISHED, save_checkpoint, writing
 from .held_out_coalitions import HeldOutCoalitions
 from .processes import end_together
+from .report import validate
 from .run import Run
 
 SHOWN_BAD = 100  # of the unreadable images, in training.json
@@ -47,8 +48,8 @@ def finish(run: Run) -> TVEExplainer:
     if isinstance(run.held_out, HeldOutCoalitions):
         before = rule_of(run.config)
         if run.held_out.fit_rule(run.model) != before:  # under which the last validation was
-            measured, _ = run.held_out.compare(run.model)
-            run.progress.log[-1] |= {name: round(value, 6) for name, value in measured.items()}
+            run.progress.log[-1] |= {name: round(value, 6) for name, value in validate(run).items()}
+            run.model.eval()
         run.config.refine_coalitions, run.config.refine_strength = run.held_out.fit_refinement(run.model)
     run.config.quality = _quality(run)
     weights = accelerator.get_state_dict(run.model)

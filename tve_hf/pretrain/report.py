@@ -71,25 +71,25 @@ class Reports:
             "learning_rate": run.schedule.get_last_lr()[0],
         }
         if validated:
-            row |= rate | self._validate()
+            row |= rate | validate(run)
         run.accelerator.log({name: value for name, value in (rate | row).items() if name != "step"}, run.done)
         run.progress.log.append({key: round(value, 6) for key, value in row.items()})
         run.progress.sums, run.progress.since = torch.zeros_like(means), 0
         if validated and run.accelerator.is_main_process:
             self.bar.write(dumps(run.progress.log[-1]))
 
-    def _validate(self) -> dict[str, float]:
-        """Compare the explainer with what it learns, on held-out images if there are any; draw some of these."""
-        run = self.run
-        if run.held_out is None:
-            return {}
-        run.model.eval()
-        measured, picture = run.held_out.compare(run.model)
-        run.model.train()
-        if run.accelerator.is_main_process:
-            with writing("The picture of the validation", run.output_dir):
-                write_whole(run.output_dir / f"validation-{run.done}.png", picture.save)
-        return measured
+
+def validate(run: Run) -> dict[str, float]:
+    """Compare the explainer with what it learns, on held-out images if there are any; draw some of these."""
+    if run.held_out is None:
+        return {}
+    run.model.eval()
+    measured, picture = run.held_out.compare(run.model)
+    run.model.train()
+    if run.accelerator.is_main_process:
+        with writing("The picture of the validation", run.output_dir):
+            write_whole(run.output_dir / f"validation-{run.done}.png", picture.save)
+    return measured
 
 
 def count_unreadable(run: Run, batches: list[Batch]) -> None:
