@@ -29,6 +29,9 @@ random $runs/explainer-mobilenet-v2-narrow --grid_size 14 --coalition_scale 0.7 
     --hidden_size 256 --num_hidden_layers 2 --num_epochs 5 --validation_images 32 --save_steps 197 --seed 0
 random $runs/explainer-mobilenet-v2-random --explainer $runs/explainer-mobilenet-v2-narrow --coalition_scale 1.5 \
     --label_removals zero blur --num_epochs 2 --validation_images 16 --save_steps 1000 --seed 1
+# Half as wide: what it costs is in docs/speed.md.
+random $runs/explainer-mobilenet-v2-small --grid_size 14 --coalition_scale 1.5 --label_removals zero blur \
+    --hidden_size 128 --num_hidden_layers 2 --num_epochs 5 --validation_images 16 --save_steps 197 --seed 0
 tve-hf pretrain --classifier "$cnn" --output_dir $runs/explainer-mobilenet-v2 --train_files \
     "$data/tiny_imagenet/train-00000-of-00002.parquet" "$data"/{imagenette,cats_vs_dogs}/train-00000-of-00001.parquet \
     --validation_files "$data/imagenette/test-*.parquet" --validation_images 16 --grid_size 14 --batch_size 32 \
@@ -36,12 +39,19 @@ tve-hf pretrain --classifier "$cnn" --output_dir $runs/explainer-mobilenet-v2 --
 tve-hf evaluate --classifier "$cnn" --test_files "$data/imagenet_samples/test-*.parquet" --num_images 100 \
     --methods paper fair --removals zero blur --output_dir $runs/comparison/two-states \
     --model $runs/explainer-mobilenet-v2
-tve-hf evaluate --classifier "$cnn" --test_files "$data/imagenet_samples/test-*.parquet" --num_images 100 \
-    --methods tve --removals zero blur --num_gallery 0 --output_dir $runs/comparison/random \
-    --model $runs/explainer-mobilenet-v2-random
-two_states=$runs/comparison/two-states/report.json
+for name in random small; do
+    tve-hf evaluate --classifier "$cnn" --test_files "$data/imagenet_samples/test-*.parquet" --num_images 100 \
+        --methods tve --removals zero blur --num_gallery 0 --output_dir $runs/comparison/$name \
+        --model $runs/explainer-mobilenet-v2-$name
+done
+two_states=$runs/comparison/two-states/report.json small=$runs/comparison/small/report.json
 python examples/join_reports.py --output_dir $results/mobilenet_v2 $runs/comparison/random/report.json $two_states \
     --rename $two_states tve=tve_two_states
+python examples/join_reports.py --output_dir $runs/comparison/small-joined $runs/comparison/random/report.json $small \
+    --rename $small tve=tve_small
+mkdir -p $results/mobilenet_v2_small
+install -m 644 $runs/comparison/small-joined/{report.json,table.md} $runs/explainer-mobilenet-v2-small/training.json \
+    $results/mobilenet_v2_small
 install -m 644 $runs/explainer-mobilenet-v2-narrow/training.json $results/mobilenet_v2/training_narrow.json
 install -m 644 $runs/explainer-mobilenet-v2-random/training.json $results/mobilenet_v2/training.json
 install -m 644 $runs/explainer-mobilenet-v2/training.json $results/mobilenet_v2/training_two_states.json

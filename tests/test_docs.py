@@ -117,3 +117,35 @@ def test_what_was_tried_is_what_the_study_found(case) -> None:
         expected = [f"{value['mean']:.3f}" for value in measured]
         expected.append(" to ".join(f"{v:+.3f}" for v in found[name]["gap"].get("above_eq8", [])).replace("-", "−"))
         assert [cell.strip() for cell in cells] == expected, name
+
+
+def test_what_is_said_of_the_default_is_what_was_measured() -> None:
+    text = (ROOT / "docs" / "comparison.md").read_text().split("## The default in the package")[1].split("\n## ")[0]
+    results = ROOT / "model_cards" / "results" / "mobilenet_v2"
+    photographs, pets = (
+        json.loads((results / task / "report.json").read_text())["summary"]
+        for task in ("imagenet_samples", "cats_vs_dogs")
+    )
+    shares = photographs["tve_share_of_exact"]
+    assert f"keeps {shares['zero']:.0%} and {shares['blur']:.0%} of".replace("%", "", 1).replace("%", " %") in text
+    foretold = [f"{summary['median_r2']:.0%}".replace("%", " %") for summary in (photographs, pets)]
+    assert f"foretells {foretold[0]} of" in text and f"and {foretold[1]} under the other head" in text
+    # What cannot be told apart has 0 in its interval, and what is above has not.
+    told = {
+        removal: {spec: row.get("gap_above_tve") for spec, row in photographs["fidelity"][removal].items()}
+        for removal in ("zero", "blur")
+    }
+    for removal in told:
+        assert told[removal]["grad_cam"][1] < 0 and told[removal]["rise@400"][0] < 0 < told[removal]["rise@400"][1]
+    assert told["blur"]["exact"][0] < 0 < told["blur"]["exact"][1] and told["zero"]["exact"][0] > 0
+    zero, blur = (pets["fidelity"][removal]["exact"]["gap_above_tve"] for removal in ("zero", "blur"))
+    assert zero[0] < 0 < zero[1] and blur[1] < 0
+    stages = json.loads((ROOT / "docs" / "comparison" / "cnn_stages" / "report.json").read_text())["summary"][
+        "fidelity"
+    ]
+    zero, blur = stages["zero"]["tve_first"], stages["blur"]
+    assert zero["gap_above_tve"][0] < 0 < zero["gap_above_tve"][1] and blur["tve_first"]["gap_above_tve"][1] < 0
+    assert f"{blur['tve']['gap'][0] - blur['tve_first']['gap'][0]:.3f} when they are blurred" in text
+    config = json.loads((ROOT / "tve_hf/checkpoints/tve-mobilenet-v2-tiny-imagenet/config.json").read_text())
+    share = config["quality"]["fidelity_gap"] / config["quality"]["sampled_fidelity_gap"]
+    assert f"{share:.0%} of the gap of maps sampled with 256 passes".replace("%", " %", 1) in text

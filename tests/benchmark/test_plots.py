@@ -38,6 +38,7 @@ def test_each_method_has_one_look_of_its_own_whatever_its_samples():
     assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(looks)
     assert style("rise@50") == style("rise@400") == looks["rise"]
     assert style("kernel-shap") == looks["kernel_shap"]
+    assert style("tve_small") not in looks.values()  # of a joined report
 
 
 @pytest.mark.parametrize("together", [1, 2, 5])

@@ -30,7 +30,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     for name, color in zip(names.split(), _COLORS, strict=False)
 } | {
     "tve": {"color": "black", "marker": "*", "linestyle": "-"},  # these stand out
-    "tve_two_states": {"color": "0.35", "marker": "*", "linestyle": "--"},  # of another form, in joined reports
+    "tve_other": {"color": "0.35", "marker": "*", "linestyle": "--"},  # another explainer, in joined reports
     "vit_shapley": {"color": "#0072b2", "marker": "P", "linestyle": ":"},
     "exact": {"color": "black", "marker": "D", "linestyle": "--"},
     "exact_sampled": {"color": "0.35", "marker": "D", "linestyle": ":"},
@@ -45,8 +45,9 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def style(spec: str) -> dict[str, Any]:
-    """Colour, marker and line of a method, whatever its number of samples."""
-    return _STYLES[spec.partition("@")[0].replace("-", "_")]
+    """Colour, marker and line of a method, whatever its samples; `tve_...` is another explainer than `tve`."""
+    name = spec.partition("@")[0].replace("-", "_")
+    return _STYLES["tve_other" if name.startswith("tve_") else name]
 
 
 def _samples(spec: str) -> int:
