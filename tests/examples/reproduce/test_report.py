@@ -1,0 +1,128 @@
+"""The page of results: cells are those of the files, findings name no other number, and what is not done is said."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[3] / "examples" / "reproduce"
+COMMON = "backbone: {one: {}, two: {}}\ntask: {cats: , digits: }\n"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    for name in ("run", "report"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = load("report")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "common.yaml").write_text(COMMON)
+    monkeypatch.setattr(module.recipes, "HERE", tmp_path / "recipes")
+    monkeypatch.setattr(module.recipes, "RECIPES", ["mine"])
+    yield module
+    for name in ("run", "report"):
+        sys.modules.pop(name, None)
+
+
+def write_recipe(tmp_path, **more):
+    step = {"for": ["backbone", "task"], "run": "echo", "creates": "{out}/{backbone}/{task}.json", "minutes": 1}
+    recipe = {"title": "Mine", "question": "Which?", "steps": [step], **more}
+    (tmp_path / "recipes" / "mine.yaml").write_text(json.dumps(recipe))
+
+
+def write_result(tmp_path, backbone, task, content):
+    path = tmp_path / "o" / backbone / f"{task}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def go(report, tmp_path):
+    report.main(
+        ["--data", "d", "--models", "m", "--output_dir", str(tmp_path / "o"), "--page", str(tmp_path / "page.md")]
+    )
+    return (tmp_path / "page.md").read_text()
+
+
+def fidelity(**gaps):
+    rows = {
+        spec: {"plus_auc": [0.5, 0], "minus_auc": [0.5 - gap, 0], "gap": [gap, 0]}
+        | ({} if spec == "tve" else {"gap_above_tve": [gap - 0.35, gap - 0.25]})
+        for spec, gap in gaps.items()
+    }
+    return {"summary": {"fidelity": {"zero": rows}}}
+
+
+TABLE = {"caption": "How many.", "rows": ["backbone"], "columns": ["task"], "reads": "{out}/{backbone}/{task}.json"}
+
+
+def test_cells_are_those_of_the_files(report, tmp_path):
+    options = {"kind": "gap", "options": {"removal": "zero"}}
+    areas = {"kind": "fidelity", "options": {"removal": "zero"}}
+    write_recipe(tmp_path, tables=[TABLE | options, TABLE | areas])
+    for backbone in ("one", "two"):
+        write_result(tmp_path, backbone, "cats", fidelity(random=0.0, tve=0.3))
+        write_result(tmp_path, backbone, "digits", fidelity(tve=0.2))
+    (tmp_path / "o" / "compute.json").write_text(json.dumps({"a": 5400, "b": 1800}))
+    page = go(report, tmp_path)
+    assert "They took 2.0 hours." in page and "## Mine\n\nWhich?\n\nHow many." in page and "Not done" not in page
+    assert "|  | cats | digits |\n| --- | --- | --- |\n| one, tve | 0.300 | 0.200 |" in page  # the best first
+    assert "| one, random | 0.000 (-0.350 to -0.250) |  |" in page
+    assert "| two, tve | 0.50 / 0.20 | 0.50 / 0.30 |" in page
+    kept = json.loads((tmp_path / "page.json").read_text())
+    assert kept["mine"][0]["two, tve"] == {"cats": "0.300", "digits": "0.200"}
+
+
+def test_named_files_have_rows_of_their_own_and_missing_ones_none(report, tmp_path):
+    reads = {"head alone": "{out}/{backbone}/{task}.json", "all weights": "{out}/all/{backbone}-{task}.json"}
+    write_recipe(tmp_path, tables=[TABLE | {"kind": "accuracy", "reads": reads}])
+    for backbone in ("one", "two"):
+        for task in ("cats", "digits"):
+            write_result(tmp_path, backbone, task, {"eval_accuracy": 0.8125})
+    write_result(tmp_path, "all", "two-cats", {"eval_accuracy": 0.9})
+    page = go(report, tmp_path)
+    assert "| two, all weights | 90.0 % |  |" in page and "| one, head alone | 81.2 % | 81.2 % |" in page
+    assert "one, all weights" not in page
+
+
+def test_findings_name_no_other_number(report, tmp_path):
+    table = TABLE | {"kind": "accuracy"}
+    for finding, fits in (("It has 90.0 % everywhere.", True), ("It has 91.0 % somewhere.", False)):
+        write_recipe(tmp_path, tables=[table], findings=[finding])
+        for backbone in ("one", "two"):
+            for task in ("cats", "digits"):
+                write_result(tmp_path, backbone, task, {"eval_accuracy": 0.9})
+        if fits:
+            assert f"* {finding}" in go(report, tmp_path)
+            before = (tmp_path / "page.md").read_text()
+        else:
+            with pytest.raises(SystemExit, match=r"Mine: 91\.0 is in none of its tables, but in: It has 91\.0 %"):
+                go(report, tmp_path)
+            assert (tmp_path / "page.md").read_text() == before
+
+
+def test_a_study_that_is_not_done_is_named_without_its_numbers(report, tmp_path):
+    write_recipe(tmp_path, tables=[TABLE | {"kind": "accuracy"}])
+    write_result(tmp_path, "one", "cats", {"eval_accuracy": 0.9})
+    page = go(report, tmp_path)
+    assert page.endswith("## Not done\n\n* Mine: 3 steps are left.\n") and "90" not in page
+
+
+def test_ratios_are_those_of_the_bench(report, tmp_path):
+    table = TABLE | {"kind": "ratio", "rows": [], "columns": ["backbone"], "reads": "{out}/{backbone}/cats.json"}
+    write_recipe(tmp_path, tables=[table])
+    for backbone, ratio in (("one", 1.05), ("two", 1.2)):
+        rows = [{"name": "prediction", "ratio": 1.0, "interval": [1.0, 1.0]}]
+        rows.append({"name": "tve", "ratio": ratio, "interval": [ratio - 0.01, ratio + 0.02]})
+        for task in ("cats", "digits"):
+            write_result(tmp_path, backbone, task, {"measured": [{"rows": rows}]})
+    page = go(report, tmp_path)
+    assert "|  | one | two |" in page and "| tve | 1.05 (1.04 to 1.07) | 1.20 (1.19 to 1.22) |" in page
