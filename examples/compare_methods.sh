@@ -13,10 +13,10 @@ vit=tve_hf/checkpoints/vit-tiny-tiny-imagenet
 shapley=examples/vit-shapley-vit-tiny-tiny-imagenet # by examples/train_vit_shapley.py
 
 cnn=$models/mobilenet_v2_1.0_224_imagenet
-# Explainers for the CNN. Of random backgrounds, on unlabelled photographs beside those that it is judged by: 351,232
-# masked passes of the CNN, each time of another crop and of new coalitions. The first five epochs were run before
-# examples/study_backgrounds.py said that wider fields, and more of them blurred, are better, as in the last two. And of
-# the paper's two, 0.5 million passes, on 20,000 images of 64 pixels and 3,100 larger ones.
+# Explainers for the CNN, on unlabelled photographs beside those that it is judged by, each time of another crop and with
+# new coalitions: 251,000 masked passes. One of twice the width, that was trained before examples/study_backgrounds.py
+# said how wide coalitions should be, and for two epochs after it: 351,000. And one of the paper's two backgrounds, 0.5
+# million passes, on 20,000 images of 64 pixels and 3,100 larger ones.
 large=("$data"/photos/train-*.parquet "$data"/{imagenette,cats_vs_dogs}/train-00000-of-00001.parquet)
 random() { # output folder, then options
     OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 ACCELERATE_USE_CPU=true \
@@ -25,13 +25,12 @@ random() { # output folder, then options
         --backgrounds random --coalitions smooth --coalitions_per_image 8 --random_resized_crop --batch_size 16 \
         --normalize_labels "${@:2}"
 }
-random $runs/explainer-mobilenet-v2-narrow --grid_size 14 --coalition_scale 0.7 --label_removals zero zero zero blur \
-    --hidden_size 256 --num_hidden_layers 2 --num_epochs 5 --validation_images 32 --save_steps 197 --seed 0
-random $runs/explainer-mobilenet-v2-random --explainer $runs/explainer-mobilenet-v2-narrow --coalition_scale 1.5 \
-    --label_removals zero blur --num_epochs 2 --validation_images 16 --save_steps 1000 --seed 1
-# Half as wide: what it costs is in docs/speed.md.
 random $runs/explainer-mobilenet-v2-small --grid_size 14 --coalition_scale 1.5 --label_removals zero blur \
     --hidden_size 128 --num_hidden_layers 2 --num_epochs 5 --validation_images 16 --save_steps 197 --seed 0
+random $runs/explainer-mobilenet-v2-first --grid_size 14 --coalition_scale 0.7 --label_removals zero zero zero blur \
+    --hidden_size 256 --num_hidden_layers 2 --num_epochs 5 --validation_images 32 --save_steps 197 --seed 0
+random $runs/explainer-mobilenet-v2-wide --explainer $runs/explainer-mobilenet-v2-first --coalition_scale 1.5 \
+    --label_removals zero blur --num_epochs 2 --validation_images 16 --save_steps 1000 --seed 1
 tve-hf pretrain --classifier "$cnn" --output_dir $runs/explainer-mobilenet-v2 --train_files \
     "$data/tiny_imagenet/train-00000-of-00002.parquet" "$data"/{imagenette,cats_vs_dogs}/train-00000-of-00001.parquet \
     --validation_files "$data/imagenette/test-*.parquet" --validation_images 16 --grid_size 14 --batch_size 32 \
@@ -39,21 +38,21 @@ tve-hf pretrain --classifier "$cnn" --output_dir $runs/explainer-mobilenet-v2 --
 tve-hf evaluate --classifier "$cnn" --test_files "$data/imagenet_samples/test-*.parquet" --num_images 100 \
     --methods paper fair --removals zero blur --output_dir $runs/comparison/two-states \
     --model $runs/explainer-mobilenet-v2
-for name in random small; do
+for name in small wide; do
     tve-hf evaluate --classifier "$cnn" --test_files "$data/imagenet_samples/test-*.parquet" --num_images 100 \
         --methods tve --removals zero blur --num_gallery 0 --output_dir $runs/comparison/$name \
         --model $runs/explainer-mobilenet-v2-$name
 done
-two_states=$runs/comparison/two-states/report.json small=$runs/comparison/small/report.json
-python examples/join_reports.py --output_dir $results/mobilenet_v2 $runs/comparison/random/report.json $two_states \
+small=$runs/comparison/small/report.json
+wide=$runs/comparison/wide/report.json two_states=$runs/comparison/two-states/report.json
+python examples/join_reports.py --output_dir $results/mobilenet_v2 $small $two_states \
     --rename $two_states tve=tve_two_states
-python examples/join_reports.py --output_dir $runs/comparison/small-joined $runs/comparison/random/report.json $small \
-    --rename $small tve=tve_small
-mkdir -p $results/mobilenet_v2_small
-install -m 644 $runs/comparison/small-joined/{report.json,table.md} $runs/explainer-mobilenet-v2-small/training.json \
-    $results/mobilenet_v2_small
-install -m 644 $runs/explainer-mobilenet-v2-narrow/training.json $results/mobilenet_v2/training_narrow.json
-install -m 644 $runs/explainer-mobilenet-v2-random/training.json $results/mobilenet_v2/training.json
+python examples/join_reports.py --output_dir $runs/comparison/wide-joined $small $wide --rename $wide tve=tve_wide
+mkdir -p $results/mobilenet_v2_wide
+install -m 644 $runs/comparison/wide-joined/{report.json,table.md} $results/mobilenet_v2_wide
+install -m 644 $runs/explainer-mobilenet-v2-first/training.json $results/mobilenet_v2_wide/training_first.json
+install -m 644 $runs/explainer-mobilenet-v2-wide/training.json $results/mobilenet_v2_wide/training.json
+install -m 644 $runs/explainer-mobilenet-v2-small/training.json $results/mobilenet_v2/training.json
 install -m 644 $runs/explainer-mobilenet-v2/training.json $results/mobilenet_v2/training_two_states.json
 # The explainer of two backgrounds that shipped_checkpoints.sh trains.
 tve-hf evaluate --classifier $vit --test_files "$data/tiny_imagenet/test-*.parquet" --num_images 100 \

@@ -64,8 +64,9 @@ def test_which_backgrounds_is_what_the_study_found() -> None:
         ("vit_base", 8, "| ViT-B/16 | 8 |"),
         ("vit_base", 16, "| ViT-B/16 | 16 |"),
         ("vit_large", 8, "| ViT-L/16 | 8 |"),
-        ("mobilenet_v2_contiguous", 16, "| MobileNetV2, 14 × 14 patches | 16 |"),
-        ("mobilenet_v2", 16, "| the same, channels last | 16 |"),
+        ("mobilenet_v2", 16, "| MobileNetV2, 14 × 14 patches | 16 |"),
+        ("mobilenet_v2_channels_last", 16, "| the same, channels last | 16 |"),
+        ("mobilenet_v2_wide", 16, "| the same, an explainer twice as wide | 16 |"),
     ],
 )
 def test_what_explanations_cost_is_what_was_measured(folder, batch, start) -> None:
@@ -149,3 +150,37 @@ def test_what_is_said_of_the_default_is_what_was_measured() -> None:
     config = json.loads((ROOT / "tve_hf/checkpoints/tve-mobilenet-v2-tiny-imagenet/config.json").read_text())
     share = config["quality"]["fidelity_gap"] / config["quality"]["sampled_fidelity_gap"]
     assert f"{share:.0%} of the gap of maps sampled with 256 passes".replace("%", " %", 1) in text
+
+
+def test_what_is_said_of_mobilenet_v2_is_what_was_measured() -> None:
+    folder = ROOT / "docs" / "comparison"
+    text = (folder.parent / "comparison.md").read_text().split("## MobileNetV2")[1].split("\n## ")[0]
+    summary = json.loads((folder / "mobilenet_v2" / "report.json").read_text())["summary"]
+    shares = [f"{100 * share:.0f} %" for share in summary["tve_share_of_exact"].values()]
+    assert "with {} of its gap when removed pixels are zero and {} when".format(*shares) in text
+    assert f"foretells {100 * summary['median_r2']:.0f} %" in text
+    assert f"correlation {summary['median_faithfulness']:.2f}" in text
+    for method in ("grad_cam", "rise@400", "tve_two_states"):
+        low = [summary["fidelity"][removal][method]["gap_above_tve"] for removal in ("zero", "blur")]
+        assert f"by {-low[0][1]:.3f} to {-low[0][0]:.3f} and {-low[1][1]:.3f} to {-low[1][0]:.3f} (" in text, method
+    wide = json.loads((folder / "mobilenet_v2_wide" / "report.json").read_text())["summary"]["fidelity"]
+    gaps = {name: [f"{wide[removal][name]['gap'][0]:.3f}" for removal in ("zero", "blur")] for name in wide["zero"]}
+    told = "gaps of {} and {}, where `tve` has {} and {}".format(*gaps["tve_wide"], *gaps["tve"])
+    assert told in text
+    for removal in ("zero", "blur"):
+        low, high = wide[removal]["tve_wide"]["gap_above_tve"]
+        assert low < 0 < high
+    log = json.loads((folder / "mobilenet_v2" / "training.json").read_text())["log"][-1]
+    assert f"have {100 * log['fidelity_gap'] / log['sampled_fidelity_gap']:.0f} % of the gap of maps sampled" in text
+
+
+def test_what_bulk_costs_is_what_was_measured() -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "bulk.json").read_text())
+    text, rates = (ROOT / "docs" / "bulk.md").read_text(), report["images_per_second"]
+    said = "bare predictions {predict:.0f} a second, classifier and explainer {model:.0f}, this command {bulk:.0f}"
+    assert said.format(**rates) + f", or {100 * report['bulk_of_model']['median']:.1f} % of them" in text
+    said = "{plain:.0f} pictures a second with `--plain` and {pictures:.0f} with text, where the pipeline"
+    assert said.format(**rates) in text and f"explains {rates['pipeline']:.0f}:" in text
+    cpu = report["cpu_milliseconds"]
+    drawn = f"takes {cpu['pictures'] - cpu['pipeline']:.0f} ms of a core, explaining its image {cpu['pipeline']:.0f} ("
+    assert drawn in text

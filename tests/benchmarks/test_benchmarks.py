@@ -105,5 +105,6 @@ def test_growth_of_operations_follows_from_the_shapes(tmp_path, monkeypatch) -> 
     assert len(of) == 6 and of["batch_size", 1] == pytest.approx(of["batch_size", 3])  # of an image
     ten = of["num_labels", 20] - of["num_labels", 10]
     assert ten == pytest.approx(of["num_labels", 30] - of["num_labels", 20])
-    # For each class a product of 16 hidden numbers for each of 14 x 14 patches, and two of their mean: phi's and base.
-    assert ten * 1e9 == pytest.approx(10 * 2 * 16 * (14 * 14 + 2))
+    # For each class a product of 16 hidden numbers for each of 14 x 14 patches, and three of their mean: the mean of
+    # these products, what all patches share, and base.
+    assert ten * 1e9 == pytest.approx(10 * 2 * 16 * (14 * 14 + 3))
