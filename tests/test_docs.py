@@ -184,3 +184,13 @@ def test_what_bulk_costs_is_what_was_measured() -> None:
     cpu = report["cpu_milliseconds"]
     drawn = f"takes {cpu['pictures'] - cpu['pipeline']:.0f} ms of a core, explaining its image {cpu['pipeline']:.0f} ("
     assert drawn in text
+
+
+def test_what_grows_with_processes_and_what_a_step_is_made_of_is_what_was_measured() -> None:
+    results = ROOT / "benchmarks" / "results"
+    text = (ROOT / "docs" / "speed.md").read_text()
+    one, two = json.loads((results / "processes.json").read_text())["median"].values()
+    assert f"{one:.0f} with one, {two:.0f} with two" in text
+    share = json.loads((results / "pretrain_profile_vit_base_random.json").read_text())["share"]
+    assert f"masked passes take {100 * share['masked_passes']:.0f} % of a step" in text
+    assert f"the unmasked pass {100 * share['explainer']:.0f} % (" in text
