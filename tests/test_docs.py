@@ -194,3 +194,20 @@ def test_what_grows_with_processes_and_what_a_step_is_made_of_is_what_was_measur
     share = json.loads((results / "pretrain_profile_vit_base_random.json").read_text())["share"]
     assert f"masked passes take {100 * share['masked_passes']:.0f} % of a step" in text
     assert f"the unmasked pass {100 * share['explainer']:.0f} % (" in text
+
+
+def test_slopes_of_growth_are_what_was_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "growth" / "growth.json").read_text())
+    of = {(row["classifier"], row["setting"], row["value"]): row["gflops"] for row in rows}
+    text = (ROOT / "docs" / "speed.md").read_text().split("## What grows with what")[1]
+    thousand = {
+        name: (of[name, "num_labels", 1000] - of[name, "num_labels", 10]) / 0.99 for name in ("vit-base", "resnet-101")
+    }
+    assert f"{thousand['vit-base']:.2f} GFLOP for 1,000 classes" in text
+    assert f"{thousand['resnet-101']:.2f} where predictions start from a pooled feature map" in text
+    for name in thousand:
+        assert of[name, "num_labels", 21841] > 2 * of[name, "num_labels", 10]
+        batches = {
+            value for (classifier, setting, _), value in of.items() if (classifier, setting) == (name, "batch_size")
+        }
+        assert max(batches) == pytest.approx(min(batches))

@@ -195,18 +195,20 @@ class _Kept(NamedTuple):
         state: of the weights, as `_state` gives it.
         direction: of logits, (C,), in which those of each pass are compared with W e + b.
         affine: the map to the logit in that direction, (D,) and ().
+        tolerance: of that comparison, relative to the logits.
     """
 
     folded: FoldedHead | None
     state: tuple
     direction: Tensor
     affine: AffineMap
+    tolerance: float
 
     def holds(self, read: _Pass) -> bool:
         """Whether a pass's logits are those of the folded head, which adapters change and leave its weights."""
         logits = read.logits.float()
         error = logits @ self.direction - (read.embeddings.float() @ self.affine.weight + self.affine.bias)
-        return bool((error.abs() <= tolerance(read.embeddings.dtype) * logits.norm(dim=-1)).all())
+        return bool((error.abs() <= self.tolerance * logits.norm(dim=-1)).all())
 
 
 # By head and explainer, since finding what a head does takes D passes of it. Holds neither of them alive.
@@ -240,10 +242,11 @@ def _fold(
     affine = affine_map(classifier.head, classifier.embedding_dim, classifier.dtype, read.embeddings.device)
     if affine is None:
         nothing = torch.empty(0)
-        return _Kept(None, state, nothing, AffineMap(nothing, nothing))
+        return _Kept(None, state, nothing, AffineMap(nothing, nothing), 0.0)
     direction = torch.randn(len(affine.bias), generator=torch.Generator().manual_seed(0)).to(affine.bias)
     folded = FoldedHead.of(trunk, affine)
-    kept = _Kept(folded, state, direction, AffineMap(direction @ affine.weight, direction @ affine.bias))
+    along = AffineMap(direction @ affine.weight, direction @ affine.bias)
+    kept = _Kept(folded, state, direction, along, tolerance(read.embeddings.dtype))
     classes = read.logits.argmax(-1, keepdim=True)
     scores = folded.scores(explainer, read, classes, rule_named("logit"), classifier.multi_label)
     error = (scores - transfer(*read.predicted(explainer), classifier, classes, "logit")).abs().amax()

@@ -337,6 +337,7 @@ class Stub:
     """A pipeline whose results have a figure, and no rule, as those of other methods may."""
 
     has_explainer = False
+    device = torch.device("cpu")
 
     def __call__(self, images, batch_size=1):
         if isinstance(images, list):
