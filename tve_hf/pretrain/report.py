@@ -83,9 +83,10 @@ def validate(run: Run) -> dict[str, float]:
     """Compare the explainer with what it learns, on held-out images if there are any; draw some of these."""
     if run.held_out is None:
         return {}
+    training = run.model.training
     run.model.eval()
     measured, picture = run.held_out.compare(run.model)
-    run.model.train()
+    run.model.train(training)
     if run.accelerator.is_main_process:
         with writing("The picture of the validation", run.output_dir):
             write_whole(run.output_dir / f"validation-{run.done}.png", picture.save)
