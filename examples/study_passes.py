@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -65,7 +64,7 @@ def train(args: Arguments, form: str, number: int) -> Path:
         return output
     images = Path(args.output_dir) / f"images-{number}.parquet"
     if not images.is_file():
-        data: Any = load_dataset("parquet", data_files=args.train_files, split="train")
+        data: Any = open_images(args.train_files).data
         images.parent.mkdir(parents=True, exist_ok=True)
         data.shuffle(seed=args.seed).select(range(number)).to_parquet(images)
     settings: dict[str, Any] = {

@@ -58,10 +58,30 @@ def ratio(found: dict[str, Any]) -> dict[str, str]:
     return cells
 
 
+def passes(found: dict[str, Any]) -> dict[str, str]:
+    """Of `passes.json`: the gap of each form and number of masked passes, under both removal operators."""
+    cells = {}
+    for row in found["rows"]:
+        gaps = [
+            "{:.3f} ({:.3f} to {:.3f})".format(row[removal]["gap"], *row[removal]["interval"])
+            for removal in ("zero", "blur")
+        ]
+        cells[f"{row['backgrounds']}, {row['passes']:,} passes"] = " / ".join(gaps)
+    return cells
+
+
+def loss(found: dict[str, Any]) -> dict[str, str]:
+    """Of `training.json`: the first and the last loss of its log, means over as many steps as a row has."""
+    rows = [row["loss"] for row in found["log"] if "loss" in row]
+    return {"first": f"{rows[0]:.3f}", "last": f"{rows[-1]:.3f}"}
+
+
 KINDS: dict[str, Callable[..., dict[str, str]]] = {
     "accuracy": accuracy,
     "fidelity": fidelity,
     "gap": gap,
+    "loss": loss,
+    "passes": passes,
     "ratio": ratio,
 }
 
@@ -129,8 +149,7 @@ def page_of(places: dict[str, str]) -> tuple[str, dict[str, list[Cells]]]:
             continue
         kept[name] = [cells_of(table, places) for table in recipe["tables"]]
         sections.append(section(recipe, kept[name]))
-    ledger = Path(places["out"]) / "compute.json"
-    hours = sum(json.loads(ledger.read_text()).values()) / 3600 if ledger.is_file() else 0.0
+    hours = recipes.spent(Path(places["out"])) / 3600
     head = (
         "# Results\n\nThe studies of the papers in miniature, written by `examples/reproduce/report.py` from what the "
         f"recipes beside it left. They took {hours:.1f} hours."

@@ -7,8 +7,8 @@ A recipe is a file beside this one: a title, the question that it answers, and s
 file that it leaves behind, and an estimate of its minutes on two CPU cores. It is repeated for all combinations of the
 things of `common.yaml` that it names, whose values it may use in braces. Before anything is computed, the steps that
 are left are printed with their minutes, and what they read must be there: a file, or what another step leaves. Stopped
-anywhere, the same command goes on: each step's own command resumes. The seconds that were spent are added up in
-`compute.json`.
+anywhere, the same command goes on: each step's own command resumes. The seconds that each took are kept in
+`compute/`.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def run(steps: list[Step], out: Path) -> None:
         try:
             code = subprocess.run(words, cwd=ROOT, env=os.environ | ENVIRONMENT, check=False).returncode
         finally:
-            _add(out / "compute.json", str(step.creates.relative_to(out)), time.monotonic() - started)
+            _add(out / "compute" / f"{step.creates.relative_to(out)}.json", time.monotonic() - started)
         if code or not step.done:
             raise ValueError(
                 f"{step} ended with {code}, without {step.creates}; what it said is above, and the same command goes "
@@ -166,12 +167,16 @@ def run(steps: list[Step], out: Path) -> None:
             )
 
 
-def _add(ledger: Path, name: str, seconds: float) -> None:
+def _add(ledger: Path, seconds: float) -> None:
     """Add the seconds that a step took to those of its earlier runs."""
-    spent = json.loads(ledger.read_text()) if ledger.is_file() else {}
-    spent[name] = round(spent.get(name, 0) + seconds, 3)
+    spent = json.loads(ledger.read_text())["seconds"] if ledger.is_file() else 0.0
     ledger.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(ledger, lambda path: Path(path).write_text(dumps(spent, indent=1) + "\n"))
+    write_whole(ledger, lambda path: Path(path).write_text(dumps({"seconds": round(spent + seconds, 3)}) + "\n"))
+
+
+def spent(out: Path) -> float:
+    """The seconds of all steps."""
+    return sum(json.loads(path.read_text())["seconds"] for path in (out / "compute").rglob("*.json"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -180,12 +185,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="folder of the parquet image sets")
     parser.add_argument("--models", required=True, help="folder of pretrained classifiers")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--only", default="*", help="pattern of the files to make, so that machines share the work")
     parser.add_argument("--dry_run", action="store_true", help="say what is left, and end")
     args = parser.parse_args(arguments)
     places = {"data": args.data, "models": args.models, "out": str(args.output_dir)}
     try:
         recipes = [read(name) for name in args.recipes]
         steps = [step for recipe in recipes for step in steps_of(recipe, places)]
+        steps = [step for step in steps if fnmatch(str(step.creates), f"*{args.only}*")]
+        if not steps:
+            raise ValueError(
+                f"--only {args.only} fits no file of {', '.join(args.recipes)}; see --dry_run without it."
+            )
         check(steps)
         for recipe in recipes:
             print(f"{recipe['title']}: {recipe['question']}")

@@ -41,7 +41,7 @@ def test_it_writes_json_table_and_plot(tmp_path, capsys) -> None:
     # A pass for each masked image, and what weighs the masks, which is little.
     assert 40 * one < rows["rise@40"]["gflops"] < 41 * one
     assert 10 * one < rows["rise@10"]["gflops"] < 11 * one
-    assert one < rows["tve"]["gflops"] and 2 * one < rows["legrad"]["gflops"] < 4 * one
+    assert one < rows["tve"]["gflops"] and 1.2 * one < rows["legrad"]["gflops"] < 3 * one  # one pass and its gradient
     assert rows["legrad_last_2"]["memory_mb"] == rows["legrad"]["memory_mb"]  # it has two blocks
     assert all(len(row["all_seconds"]) == 2 for row in rows.values())
 

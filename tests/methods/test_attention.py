@@ -399,7 +399,21 @@ def test_torch_blocks_of_multihead_attention_are_read(fitted, processor_of, imag
     torch.testing.assert_close(scores, (steps[1] @ steps[0]).mean(1).view(2, 4, 4))
 
 
-@pytest.mark.parametrize("method", ["attention_cam", *READ_EVERY_BLOCK[1:], "grad_cam", *LRP])
+@pytest.mark.parametrize("method", ATTENTION_METHODS)
+def test_where_a_model_attends_is_found_once(fitted, processor_of, images, method) -> None:
+    classifier = split_classifier(fitted(BUILDERS["vit"](), 32), processor_of(3, 32, 32))
+    passes: list[Tensor] = []
+    classifier.backbone.model.register_forward_hook(lambda *call: passes.append(call[2].logits))
+    counts, maps = [], []
+    for batch in (images(2, 32), images(2, 32), images(1, 32)):
+        passes.clear()
+        maps.append(methods.explain(method, classifier, batch, CLASS_IDX[: len(batch)], 4))
+        counts.append(len(passes))
+    assert counts[0] == counts[1] + 1 == counts[2] + 1  # which took a pass of its own
+    torch.testing.assert_close(maps[0], maps[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", [*ATTENTION_METHODS, "grad_cam"])
 def test_inference_mode_is_refused(classifier_of, images, method) -> None:
     classifier, pixel_values = classifier_of("vit"), images(2, 32)
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode.* rules out; use torch.no_grad"):

@@ -17,7 +17,7 @@ _RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
         "vit",
         {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
     ),
-    "deit-base": ("deit", {}),
+    "deit-base": ("deit", {"architectures": ["DeiTForImageClassification"]}),
     "swin-base": ("swin", {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}),
     "swin-large": ("swin", {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48]}),
     "resnet-101": ("resnet", {"depths": [3, 4, 23, 3]}),

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ..classifiers import SplitClassifier
 from ..classifiers.tracing import first_tensor, hooked
 from ..patches import token_grid
-from ._gradients import differentiable
+from ._gradients import check_differentiable, differentiable
 from ._weights import Recorder, eager_attention
 
 
@@ -151,21 +152,37 @@ def _observe(
     return [(name, weights) for name, weights in recorder.seen if id(weights) in slopes], outputs, slopes
 
 
+# By the size of the images and whether every block is read: what was found of each model, at the cost of two passes.
+_LAYOUTS: WeakKeyDictionary[nn.Module, dict[tuple[int, int, bool], Layout]] = WeakKeyDictionary()
+
+
 def find_layout(classifier: SplitClassifier, pixel_values: Tensor, every_block: bool = True) -> Layout:
     """Find where a classifier attends, by a pass over the first image and the gradient of its embedding.
+
+    It is found once for each model and size of images.
 
     Args:
         every_block: whether the method reads all blocks, and not only the last.
 
     Raises:
-        ValueError: If no module attends from all tokens to all tokens, or, under `every_block`, not every block does.
+        ValueError: If no module attends from all tokens to all tokens, or, under `every_block`, not every block does;
+            or under inference mode.
     """
+    check_differentiable()  # also where nothing has to be found
+    found = _LAYOUTS.setdefault(classifier.backbone.model, {})
+    height, width = pixel_values.shape[-2:]
+    if (height, width, every_block) not in found:
+        found[height, width, every_block] = _find(classifier, pixel_values[:1], every_block)
+    return found[height, width, every_block]
+
+
+def _find(classifier: SplitClassifier, pixel_values: Tensor, every_block: bool) -> Layout:
     inputs: dict[str, bool] = {}
-    used, outputs, slopes = _observe(classifier, pixel_values[:1], inputs)
+    used, outputs, slopes = _observe(classifier, pixel_values, inputs)
     option = "output_attentions"  # without which some older classes return no weights
     if not used and option in inspect.signature(classifier.backbone.model.forward).parameters:
         with suppress(ValueError):  # some say that they have none to return
-            used, outputs, slopes = _observe(classifier, pixel_values[:1], {option: True})
+            used, outputs, slopes = _observe(classifier, pixel_values, {option: True})
             inputs = {option: True}
     is_pooler = len(used) > 1 and used[-1][1].shape[-1] != used[-1][1].shape[-2]
     pooler = used.pop() if is_pooler else None

@@ -7,17 +7,22 @@ import torch
 from torch import Tensor
 
 
+def check_differentiable() -> None:
+    """Raise ValueError under `torch.inference_mode()`, which nothing can lift."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "This method differentiates the classifier, which torch.inference_mode() rules out; use torch.no_grad()."
+        )
+
+
 @contextmanager
 def differentiable(pixel_values: Tensor) -> Iterator[Tensor]:
     """Record gradients inside the block, also under `torch.no_grad()`, with respect to the copy that it yields.
 
     Raises:
-        ValueError: Under `torch.inference_mode()`, which nothing can lift.
+        ValueError: Under `torch.inference_mode()`.
     """
-    if torch.is_inference_mode_enabled():
-        raise ValueError(
-            "This method differentiates the classifier, which torch.inference_mode() rules out; use torch.no_grad()."
-        )
+    check_differentiable()
     with torch.enable_grad():
         yield pixel_values.detach().clone().requires_grad_()
 

@@ -71,7 +71,10 @@ def test_cells_are_those_of_the_files(report, tmp_path):
     for backbone in ("one", "two"):
         write_result(tmp_path, backbone, "cats", fidelity(random=0.0, tve=0.3))
         write_result(tmp_path, backbone, "digits", fidelity(tve=0.2))
-    (tmp_path / "o" / "compute.json").write_text(json.dumps({"a": 5400, "b": 1800}))
+    for name, seconds in (("a", 5400), ("b/c", 1800)):
+        path = tmp_path / "o" / "compute" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"seconds": seconds}))
     page = go(report, tmp_path)
     assert "They took 2.0 hours." in page and "## Mine\n\nWhich?\n\nHow many." in page and "Not done" not in page
     assert "|  | cats | digits |\n| --- | --- | --- |\n| one, tve | 0.300 | 0.200 |" in page  # the best first
@@ -126,3 +129,24 @@ def test_ratios_are_those_of_the_bench(report, tmp_path):
             write_result(tmp_path, backbone, task, {"measured": [{"rows": rows}]})
     page = go(report, tmp_path)
     assert "|  | one | two |" in page and "| tve | 1.05 (1.04 to 1.07) | 1.20 (1.19 to 1.22) |" in page
+
+
+def test_losses_are_the_first_and_the_last_of_a_log(report, tmp_path):
+    write_recipe(tmp_path, tables=[TABLE | {"kind": "loss"}])
+    log = [{"step": 5, "loss": 1.25}, {"step": 10, "loss": 0.75}, {"step": 12, "logit_r2": 0.5}]
+    for backbone in ("one", "two"):
+        for task in ("cats", "digits"):
+            write_result(tmp_path, backbone, task, {"log": log})
+    page = go(report, tmp_path)
+    assert "| one, first | 1.250 | 1.250 |" in page and "| two, last | 0.750 | 0.750 |" in page
+
+
+def test_gaps_by_masked_passes(report, tmp_path):
+    write_recipe(tmp_path, tables=[TABLE | {"kind": "passes", "rows": [], "columns": ["backbone", "task"]}])
+    zero, blur = ({"gap": gap, "interval": [gap - 0.01, gap + 0.02]} for gap in (0.3, 0.1))
+    rows = [{"backgrounds": "random", "passes": 20000, "zero": zero, "blur": blur}]
+    for backbone in ("one", "two"):
+        for task in ("cats", "digits"):
+            write_result(tmp_path, backbone, task, {"rows": rows})
+    cell = "0.300 (0.290 to 0.320) / 0.100 (0.090 to 0.120)"
+    assert f"| random, 20,000 passes | {' | '.join([cell] * 4)} |" in go(report, tmp_path)

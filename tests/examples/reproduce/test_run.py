@@ -48,6 +48,10 @@ def script(code):
     return f"python -c {shlex.quote(code)}"
 
 
+def seconds_of(tmp_path, name):
+    return json.loads((tmp_path / "o" / "compute" / name / "done.json").read_text())["seconds"]
+
+
 # Counts its own runs, and fails the first time for the task of the second backbone.
 FLAKY = (
     "import pathlib, sys; folder = pathlib.Path(sys.argv[1]); folder.mkdir(parents=True, exist_ok=True); "
@@ -66,14 +70,26 @@ def test_a_failed_study_goes_on_where_it_was(study, tmp_path, capfd):
     assert (
         "Mine: ?\n     3 min" in (said := capfd.readouterr().out) and "2 of 2 steps are left: about 6 minutes" in said
     )
-    first = json.loads((tmp_path / "o" / "compute.json").read_text())
+    first = {name: seconds_of(tmp_path, name) for name in ("one-cats", "two-cats")}
     go(study, tmp_path)
     assert "1 of 2 steps are left: about 3 minutes" in capfd.readouterr().out
     counts = {name: (tmp_path / "o" / f"{name}-cats" / "count").read_text() for name in ("one", "two")}
     assert counts == {"one": "1", "two": "2"}
-    second = json.loads((tmp_path / "o" / "compute.json").read_text())
-    assert second["one-cats/done"] == first["one-cats/done"]
-    assert second["two-cats/done"] > first["two-cats/done"]  # of both runs
+    second = {name: seconds_of(tmp_path, name) for name in ("one-cats", "two-cats")}
+    assert second["one-cats"] == first["one-cats"]
+    assert second["two-cats"] > first["two-cats"]  # of both runs
+    assert study.spent(tmp_path / "o") == pytest.approx(sum(second.values()))
+
+
+def test_a_part_of_a_study_leaves_the_rest(study, tmp_path):
+    touch = script("import sys, pathlib; pathlib.Path(sys.argv[1]).touch()")
+    step = {"for": ["backbone"], "run": f"{touch} {{out}}/{{backbone}}.json", "creates": "{out}/{backbone}.json"}
+    write(tmp_path, step | {"minutes": 1})
+    (tmp_path / "o").mkdir()
+    go(study, tmp_path, "--only", "two")
+    assert not (tmp_path / "o" / "one.json").exists() and (tmp_path / "o" / "two.json").exists()
+    with pytest.raises(SystemExit, match="--only three fits no file of mine"):
+        go(study, tmp_path, "--only", "three")
 
 
 def test_values_may_name_places(study, tmp_path):
