@@ -81,6 +81,31 @@ def test_what_explanations_cost_is_what_was_measured(folder, batch, start) -> No
         assert f"{measured[name]['ratio']:.2f}" in line, name
 
 
+FAMILIES = ["vit-base", "vit-large", "deit-base", "swin-base", "swin-large", "resnet-101", "resnet-152"]
+
+
+def test_what_explanations_cost_while_the_classifier_grows_is_what_was_measured() -> None:
+    text = (ROOT / "docs" / "speed.md").read_text().split("## While the classifier grows")[1].split("\n## ")[0]
+    lines = {
+        line.split("|")[1].strip(" `"): line.split("|")[2:-1] for line in text.splitlines() if line.startswith("|")
+    }
+    ratios: dict[str, list[float]] = {}
+    for column, name in enumerate(FAMILIES):
+        path = ROOT / "benchmarks" / "results" / "speed" / "families" / name / "speed.json"
+        (entry,) = json.loads(path.read_text())["measured"]
+        rows = {row["name"]: row for row in entry["rows"]}
+        assert lines["prediction, ms"][column].strip() == f"{1000 * rows['prediction']['seconds']:.0f}"
+        for method in lines.keys() - {"", "---", "prediction, ms"}:
+            expected = f"{rows[method]['ratio']:.2f}" if method in rows else "–"
+            assert lines[method][column].strip() == expected, (name, method)
+            ratios.setdefault(method, []).append(rows[method]["ratio"] if method in rows else float("nan"))
+    assert ratios.keys() == {row for row in lines if row not in ("", "---", "prediction, ms")}
+    # As the text says: the larger of each family has the lower ratio under TVE, and others of many passes have not half.
+    for small, large in ((0, 1), (3, 4), (5, 6)):
+        assert ratios["tve"][large] < ratios["tve"][small]
+        assert ratios["rise@50"][large] > 0.8 * ratios["rise@50"][small]
+
+
 @pytest.mark.parametrize(("file", "name"), [("vit", "ViT"), ("cnn", "MobileNetV2")])
 def test_what_fewer_bits_lose_is_what_was_measured(file, name) -> None:
     text = (ROOT / "docs" / "speed.md").read_text()
