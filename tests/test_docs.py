@@ -100,7 +100,7 @@ def test_what_explanations_cost_while_the_classifier_grows_is_what_was_measured(
             assert lines[method][column].strip() == expected, (name, method)
             ratios.setdefault(method, []).append(rows[method]["ratio"] if method in rows else float("nan"))
     assert ratios.keys() == {row for row in lines if row not in ("", "---", "prediction, ms")}
-    # As the text says: the larger of each family has the lower ratio under TVE, and others of many passes have not half.
+    # As the text says: the larger of each family has the lower ratio under TVE; what takes many passes has not.
     for small, large in ((0, 1), (3, 4), (5, 6)):
         assert ratios["tve"][large] < ratios["tve"][small]
         assert ratios["rise@50"][large] > 0.8 * ratios["rise@50"][small]
