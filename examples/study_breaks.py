@@ -4,16 +4,16 @@
         --model tve_hf/checkpoints/tve-mobilenet-v2-tiny-imagenet --files 'imagenette/test-*.parquet' \
         --output_dir runs/breaks --plot
 
-Every photograph is blurred, made noisy or shrunk before the image processor sees it, and goes through the pipeline with
-`verify`, for the class that is predicted then. Its map is judged by the fidelity gap, Fidelity+ AUC less Fidelity- AUC,
-beside that of noise, the floor, and of `sampled` with many masked passes, the ceiling.
+Every photograph is blurred, made noisy or shrunk before the image processor sees it, and goes through the pipeline
+with `verify`, for the class that is predicted then. Its map is judged by the fidelity gap, Fidelity+ AUC less
+Fidelity- AUC, beside that of noise, the floor, and of `sampled` with many masked passes, the ceiling.
 
-`verify` gives a number and no verdict. A map is called trusted here where that number is at least what the package asks
-of an explainer, `compatibility.LEAST`: an R2 of the class's logit over random coalitions, or, for explainers of two
-backgrounds, a Spearman with the exact scores of random patches.
+`verify` gives a number and no verdict. A map is called trusted here where that number is at least what the package
+asks of an explainer, `compatibility.LEAST`: an R2 of the class's logit over random coalitions, or, for explainers of
+two backgrounds, a Spearman with the exact scores of random patches.
 
 `report.json` has all values, and a summary of [value, low, high], with 95 % bootstrap intervals in which an image is
-drawn with all that was done to it; one is "nan" where some draws have no image of a kind, which then are too few to say.
+drawn with all that was done to it; one is "nan" where some draws have no image of a kind, which are too few to say.
 Started again, the command goes on where it was.
 """
 
@@ -165,9 +165,9 @@ def summarize(tables: dict[str, Tensor], conditions: list[str], check: str, leas
     """Reduce values (conditions, images) to [value, low, high] of each condition and of `all`.
 
     Returns:
-        Means of `gap`, `score` and `sampled_spearman`, medians of `verify`, and the share `trusted`. Over all: `trust`,
-        mean gaps of the maps that are trusted, of the others, and their difference. `relation`: rank correlations of
-        gaps with what may foretell them. `shortfall` is the gap of `sampled` less that of `tve`.
+        Means of `gap`, `score` and `sampled_spearman`, medians of `verify`, and the share `trusted`. Over all:
+        `trust`, mean gaps of the maps that are trusted, of the others, and their difference. `relation`: rank
+        correlations of gaps with what may foretell them. `shortfall` is the gap of `sampled` less that of `tve`.
     """
     trusted = (tables[check] >= least).double()
     some = {name: slice(i, i + 1) for i, name in enumerate(conditions)} | {"all": slice(None)}
@@ -180,12 +180,10 @@ def summarize(tables: dict[str, Tensor], conditions: list[str], check: str, leas
         groups["difference"] = (difference, trusted)
         return {name: estimate(statistic, gaps, chosen) for name, (statistic, chosen) in groups.items()}
 
-    gaps = {
-        removal: {
-            key.rpartition("/")[2]: values for key, values in tables.items() if key.startswith(f"gap/{removal}/")
-        }
-        for removal in REMOVALS
-    }
+    gaps: dict[str, dict[str, Tensor]] = {removal: {} for removal in REMOVALS}
+    for key in [key for key in tables if key.startswith("gap/")]:
+        _, removal, spec = key.split("/")
+        gaps[removal][spec] = tables[key]
     for own in gaps.values():
         if "sampled" in own:
             own["shortfall"] = own["sampled"] - own["tve"]

@@ -9,10 +9,10 @@ drawn anew, near 0 for a method that reads them; `class_sensitivity` is that of 
 `sensitivity_max` is the largest relative change of the map under small noise (`tve_hf.evaluation.sanity`). All are of
 the class that is predicted. Methods that draw have the same draws in each map, so that only their maps can differ.
 
-What an explainer is asked here. Its own weights stay, and it reads features, embedding and head of the classifier that
-it is given. A new head is what it is for. After a new backbone it no longer fits, and users are warned of that, as this
-command is (`fits` in the report); its map must still follow the features. An explainer of one head, such as
-`vit_shapley`, refuses another, and then there is no map to compare: `refused` in the report.
+What an explainer is asked here: its own weights stay, and it reads features, embedding and head of the classifier that
+it is given. A new head is what it is for. After a new backbone it no longer fits, and users are warned of that, as
+this command is (`fits` in the report); its map may follow the features, but nothing says that it is right. An
+explainer of one head, such as `vit_shapley`, refuses another, and then there is no map to compare (`refused`).
 
 `report.json` has all values, and medians over images as [value, low, high], with 95 % bootstrap intervals; images
 of which a map is constant, so that it has no order, are left out and counted (`constant`). Started again, the command
@@ -68,7 +68,7 @@ def maps_of(
 
 
 def summarize(table: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-    """From the values of each check and method, (n,), to medians with their intervals, and numbers of constant maps."""
+    """From values of each check and method, (n,), to medians with intervals, and numbers of constant maps."""
 
     def medians(rows: Tensor) -> Tensor:
         return rows.median(1).values
