@@ -241,8 +241,8 @@ def draw(tables: dict[str, Tensor], conditions: list[str], summary: dict[str, An
             f"{name} {means[name][0]:.3f}" for name in ("trusted", "not trusted") if isfinite(means[name][0])
         )
         axis.set_title(f"removed pixels: {removal}; means: {told}", fontsize=9)
-        name = f"R² of verify, {LOWEST:g} and below at {LOWEST:g}" if check == "r2" else f"{check} of verify"
-        axis.set(xlabel=name)
+        clipped = f", {LOWEST:g} and below at {LOWEST:g}" if (tables[check] < LOWEST).any() else ""
+        axis.set(xlabel=f"{'R²' if check == 'r2' else check} of verify{clipped}")
     axes[0].set(ylabel="fidelity gap of the map")
     marks = [Line2D([], [], linestyle="", marker="o", color=colour) for colour in colours]
     marks += [Line2D([], [], linestyle="", marker=marker, color="grey") for marker in "ox"]
