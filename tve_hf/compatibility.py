@@ -29,7 +29,7 @@ _PREFERRED: tuple[Fit, ...] = ("same weights", "same architecture, other weights
 # What a validation measures, and below what an explainer is poor. By the logs beside the shipped one and in
 # docs/comparison, at the end of the training R2 is 0.46, Spearman 0.66 to 0.86, and the share 95 % or more; after a
 # tenth of it R2 is 0.37, and the share 75 %. One that has learnt nothing has about 0 of each.
-_LEAST = {"logit_r2": 0.2, "spearman": 0.4, "share of fidelity": 0.5}
+LEAST = {"logit_r2": 0.2, "spearman": 0.4, "share of fidelity": 0.5}
 _REFERENCES = {"sampled_fidelity_gap": "sampled", "exact_fidelity_gap": "exact"}
 
 
@@ -258,7 +258,7 @@ def quality_in_words(quality: dict[str, float | int] | None) -> str:
 
 
 def measures_of(quality: dict[str, float | int]) -> dict[str, float]:
-    """The numbers that an explainer is judged by, named as in `_LEAST`, as far as they were measured."""
+    """The numbers that an explainer is judged by, named as in `LEAST`, as far as they were measured."""
     main = "logit_r2" if "embedding_r2" in quality else "spearman"  # of random backgrounds, of antithetical states
     found: dict[str, float] = {main: quality[main]} if main in quality else {}
     for name in _REFERENCES:
@@ -269,7 +269,7 @@ def measures_of(quality: dict[str, float | int]) -> dict[str, float]:
 
 def _is_poor(quality: dict[str, float | int]) -> bool:
     found = measures_of(quality)
-    return not found.keys() - {"share of fidelity"} or any(value < _LEAST[name] for name, value in found.items())
+    return not found.keys() - {"share of fidelity"} or any(value < LEAST[name] for name, value in found.items())
 
 
 def _told(quality: dict[str, float | int]) -> str:

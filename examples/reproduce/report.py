@@ -11,8 +11,11 @@ import argparse
 import itertools
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +79,22 @@ def loss(found: dict[str, Any]) -> dict[str, str]:
     return {"first": f"{rows[0]:.3f}", "last": f"{rows[-1]:.3f}"}
 
 
+def estimates(found: dict[str, Any], at: list[str]) -> dict[str, str]:
+    """Of a summary of values with their 95 % intervals, [value, low, high]: the entries under these keys."""
+    entries = found["summary"]
+    for key in at:
+        entries = entries[key]
+    cells = {}
+    for name, row in entries.items():
+        value, low, high = map(float, row)  # "nan" where there was nothing to say it of
+        interval = "" if isnan(low) or isnan(high) else f" ({low:.3f} to {high:.3f})"
+        cells[name] = "" if isnan(value) else f"{value:.3f}{interval}"
+    return cells
+
+
 KINDS: dict[str, Callable[..., dict[str, str]]] = {
     "accuracy": accuracy,
+    "estimates": estimates,
     "fidelity": fidelity,
     "gap": gap,
     "loss": loss,
@@ -116,8 +133,29 @@ def markdown(columns: list[str], rows: dict[str, list[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def section(recipe: dict[str, Any], tables: list[Cells]) -> str:
+def pictures_of(name: str, figure: dict[str, Any], places: dict[str, str], folder: str) -> dict[str, Path]:
+    """The pictures of a figure by their places beside the page; files that are not there are left out.
+
+    Args:
+        name: of the recipe.
+        figure: of it: `caption`; `for`, as in steps; and `reads`, the file of each.
+        places: as for `run.steps_of`.
+        folder: of the page's pictures.
+    """
+    common = yaml.safe_load((recipes.HERE / "common.yaml").read_text())
+    found = {}
+    for names in itertools.product(*(common[axis] for axis in figure["for"])):
+        path = Path(figure["reads"].format(**places, **dict(zip(figure["for"], names, strict=True))))
+        if path.is_file():
+            found[f"{folder}/{'-'.join([name, *names, path.name]).replace(' ', '-')}"] = path
+    return found
+
+
+def section(recipe: dict[str, Any], tables: list[Cells], pictures: list[dict[str, Path]]) -> str:
     """A study's part of the page.
+
+    Args:
+        pictures: of each figure, as `pictures_of` gives them.
 
     Raises:
         ValueError: If a finding has a number that is in none of its tables.
@@ -129,6 +167,8 @@ def section(recipe: dict[str, Any], tables: list[Cells]) -> str:
         parts += [table["caption"], markdown(columns, rows)]
         if published := table.get("published"):
             parts += [published["caption"], markdown(published["columns"], published["rows"])]
+    for figure, names in zip(recipe.get("figures", []), pictures, strict=True):
+        parts += [figure["caption"], *(f"![{Path(name).stem}]({name})" for name in names)]
     shown = set(re.findall(r"\d+\.\d+", "\n".join(parts)))
     findings = recipe.get("findings", [])
     for finding in findings:
@@ -137,9 +177,14 @@ def section(recipe: dict[str, Any], tables: list[Cells]) -> str:
     return "\n\n".join(parts + ["\n".join(f"* {finding}" for finding in findings)] * bool(findings))
 
 
-def page_of(places: dict[str, str]) -> tuple[str, dict[str, list[Cells]]]:
-    """The page, and the cells of every study that is done."""
+def page_of(places: dict[str, str], folder: str) -> tuple[str, dict[str, list[Cells]], dict[str, Path]]:
+    """The page, the cells of every study that is done, and its pictures by their places beside the page.
+
+    Args:
+        folder: beside the page, of its pictures.
+    """
     kept: dict[str, list[Cells]] = {}
+    copied: dict[str, Path] = {}
     sections, open_studies = [], []
     for name in recipes.RECIPES:
         recipe = recipes.read(name)
@@ -148,14 +193,17 @@ def page_of(places: dict[str, str]) -> tuple[str, dict[str, list[Cells]]]:
             open_studies += [f"* {recipe['title']}: {len(left)} steps are left."] * bool(left)
             continue
         kept[name] = [cells_of(table, places) for table in recipe["tables"]]
-        sections.append(section(recipe, kept[name]))
+        pictures = [pictures_of(name, figure, places, folder) for figure in recipe.get("figures", [])]
+        for own in pictures:
+            copied |= own
+        sections.append(section(recipe, kept[name], pictures))
     hours = recipes.spent(Path(places["out"])) / 3600
     head = (
         "# Results\n\nThe studies of the papers in miniature, written by `examples/reproduce/report.py` from what the "
         f"recipes beside it left. They took {hours:.1f} hours."
     )
     rest = ["## Not done\n\n" + "\n".join(open_studies)] * bool(open_studies)
-    return "\n\n".join([head, *sections, *rest]) + "\n", kept
+    return "\n\n".join([head, *sections, *rest]) + "\n", kept, copied
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -166,9 +214,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, required=True, help="Markdown file to write")
     args = parser.parse_args(arguments)
     try:
-        page, kept = page_of({"data": args.data, "models": args.models, "out": str(args.output_dir)})
+        places = {"data": args.data, "models": args.models, "out": str(args.output_dir)}
+        page, kept, pictures = page_of(places, args.page.stem)
     except ValueError as error:
         sys.exit(str(error))
+    for name, source in pictures.items():
+        (args.page.parent / name).parent.mkdir(exist_ok=True)
+        write_whole(args.page.parent / name, partial(shutil.copyfile, source))
     write_whole(args.page, lambda path: path.write_text(page))
     write_whole(args.page.with_suffix(".json"), lambda path: path.write_text(dumps(kept, indent=1) + "\n"))
 

@@ -150,3 +150,27 @@ def test_gaps_by_masked_passes(report, tmp_path):
             write_result(tmp_path, backbone, task, {"rows": rows})
     cell = "0.300 (0.290 to 0.320) / 0.100 (0.090 to 0.120)"
     assert f"| random, 20,000 passes | {' | '.join([cell] * 4)} |" in go(report, tmp_path)
+
+
+def test_estimates_are_those_under_the_keys_with_their_intervals(report, tmp_path):
+    rows = {"clean": [0.25, 0.2, 0.3], "noise": [0.125, "nan", "nan"], "fog": ["nan", "nan", "nan"]}
+    write_recipe(tmp_path, tables=[TABLE | {"kind": "estimates", "options": {"at": ["gap", "zero"]}}])
+    for backbone in ("one", "two"):
+        for task in ("cats", "digits"):
+            write_result(tmp_path, backbone, task, {"summary": {"gap": {"zero": rows, "blur": {}}}})
+    page = go(report, tmp_path)
+    assert "| one, clean | 0.250 (0.200 to 0.300) | 0.250 (0.200 to 0.300) |" in page
+    assert "| two, noise | 0.125 | 0.125 |" in page and "| two, fog |  |  |" in page
+
+
+def test_pictures_stand_beside_the_page_and_missing_ones_nowhere(report, tmp_path):
+    figure = {"caption": "How it looks.", "for": ["backbone", "task"], "reads": "{out}/{backbone}/{task}.png"}
+    write_recipe(tmp_path, tables=[TABLE | {"kind": "accuracy"}], figures=[figure])
+    for backbone in ("one", "two"):
+        for task in ("cats", "digits"):
+            write_result(tmp_path, backbone, task, {"eval_accuracy": 0.9})
+    (tmp_path / "o" / "two" / "cats.png").write_bytes(b"drawn")
+    page = go(report, tmp_path)
+    assert "How it looks.\n\n![mine-two-cats-cats](page/mine-two-cats-cats.png)" in page and page.count("![") == 1
+    assert (tmp_path / "page" / "mine-two-cats-cats.png").read_bytes() == b"drawn"
+    assert [path.name for path in (tmp_path / "page").iterdir()] == ["mine-two-cats-cats.png"]
