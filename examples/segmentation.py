@@ -82,7 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
         explainer = TVEExplainer.from_pretrained(args.model).eval() if args.model else None
         grid = args.grid_size or (explainer.config.grid_size if explainer else None)
         for spec in args.methods:
-            if error := refusal(classifier, spec, as_pair(grid or classifier.default_grid()), {"explainer": explainer}):
+            if error := refusal(
+                classifier, spec, as_pair(grid or classifier.default_grid()), {"explainer": explainer}
+            ):
                 raise error
         data = masked_images(args.files, args.image_column, args.mask_column, args.num_images)
     except (ValueError, OSError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""What is left of a classifier's accuracy when maps say which patches go? LeGrad's table, and the layers that it reads.
+"""What is left of a classifier's accuracy when maps say which patches go? LeGrad's table, and the layers it reads.
 
     python examples/study_perturbation.py --classifier vit-tiny-tiny-imagenet --model tve \
         --files 'tiny_imagenet/test-*.parquet' --methods random rollout grad_cam legrad tve --layers 1 2 3 6 \
@@ -73,7 +73,8 @@ def true_classes(labels: Sequence[Any], classifier: SplitClassifier, names: Sequ
     found = torch.stack([torch.zeros(len(labels)) if match is None else match for match in matches])  # (C, n)
     if not found.any(0).all():
         raise ValueError(
-            f"The labels are not all classes of {classifier.name}; pass as --label_column one of their numbers or names."
+            f"The labels are not all classes of {classifier.name}; pass as --label_column one of their numbers or "
+            "names."
         )
     return classes[found.argmax(0)]
 
@@ -89,7 +90,7 @@ def labelled(args: argparse.Namespace, classifier: SplitClassifier) -> tuple[Ima
         raise ValueError(f"{images.name} gives no image with --num_images {args.num_images}; pass at least one.")
     data: Any = images.data
     if args.label_column not in data.column_names:
-        raise ValueError(f"{images.name} has no column {args.label_column!r}; pass that of the labels as --label_column.")
+        raise ValueError(f"{images.name} has no column {args.label_column!r}; pass that of labels as --label_column.")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
     data = data.select(order[: args.num_images].tolist())
     feature = data.features[args.label_column]
@@ -149,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--files", required=True, nargs="+", help="held-out images with labels")
     parser.add_argument("--label_column", default="label", help="numbers or names of the classifier's classes")
     parser.add_argument("--methods", nargs="+", required=True, help="names, or name@samples")
-    parser.add_argument("--layers", nargs="*", type=int, default=[], help="rows of LeGrad on as many of the last layers")
+    parser.add_argument("--layers", nargs="*", type=int, default=[], help="rows of LeGrad on so many last layers")
     parser.add_argument("--reference", default="legrad", help="row that the others are compared with")
     parser.add_argument("--model", help="explainer of the classifier's backbone, for the method tve")
     parser.add_argument("--vit_shapley", help="ViT-Shapley explainer of the classifier, for the method vit_shapley")

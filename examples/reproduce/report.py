@@ -61,7 +61,7 @@ def ratio(found: dict[str, Any]) -> dict[str, str]:
 def perturbation(found: dict[str, Any], explained: str) -> dict[str, str]:
     """Both areas in per cent, negative / positive, of every row of a `report.json` of `study_perturbation.py`.
 
-    In brackets the 95 % intervals of how far they are above the reference's; `explained` is the class that maps are of.
+    In brackets 95 % intervals of how far they are above the reference's; `explained` is the class that maps are of.
     """
     cells = {}
     for name, row in found["summary"][explained].items():

@@ -21,10 +21,9 @@ def study():
 
 
 def write(path, labels, feature):
+    rows = {"image": [noise_image(n) for n in range(NUMBER)], "label": labels}
     features = Features({"image": Image(), "label": feature})
-    Dataset.from_dict({"image": [noise_image(n) for n in range(NUMBER)], "label": labels}, features=features).to_parquet(
-        path
-    )
+    Dataset.from_dict(rows, features=features).to_parquet(path)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +92,8 @@ def test_areas_are_those_of_patches_deleted_one_by_one(study, inputs, tmp_path):
                     for pixels, each, label in zip(pixel_values, scores, true.tolist(), strict=True)
                 ]
                 assert found[f"{row}/{explained}/{side}"] == pytest.approx(expected, abs=1e-4)
-    assert found["grad_cam/predicted/negative"] != found["grad_cam/true/negative"]
-    assert found["legrad/true/negative"] != found["legrad, last 1/true/negative"]
+    assert found["legrad, last 1/predicted/positive"] != found["legrad, last 1/true/positive"]
+    assert found["legrad/true/positive"] != found["legrad, last 1/true/positive"]
 
 
 def test_intervals_are_paired(study, inputs, tmp_path):
@@ -155,9 +154,13 @@ def test_an_explainer_has_a_row_on_its_own_grid(study, inputs, tmp_path):
         (["tve"], "numbers", "The method tve needs an explainer of the classifier; pass --model."),
         (["vit_shapley"], "numbers", "vit_shapley needs an explainer of the classifier; pass --vit_shapley."),
         (["grad_cat"], "numbers", "Unknown method 'grad_cat'; choose one of"),
-        (["--reference", "ig"], "numbers", "The reference 'ig' is none of the rows; .* among legrad; grad_cam; random"),
+        (
+            ["--reference", "ig"],
+            "numbers",
+            "The reference 'ig' is none of the rows; .* among legrad; grad_cam;",
+        ),
         (["--layers", "3"], "numbers", r"layers=\[-3, -2, -1\] must name some of the 2 blocks"),
-        (["--label_column", "kind"], "numbers", "has no column 'kind'; pass that of the labels as --label_column"),
+        (["--label_column", "kind"], "numbers", "has no column 'kind'; pass that of labels as --label_column"),
         (["--num_images", "0"], "numbers", "gives no image with --num_images 0; pass at least one"),
         (["--grid_size", "2"], "numbers", "A grid of 2 x 2 patches is too coarse for 10 shares"),
         ([], "others", "The labels are not all classes of .*; pass as --label_column one"),
@@ -172,6 +175,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(study, inputs,
 
 def test_results_of_other_settings_are_refused(study, inputs, tmp_path):
     before = go(study, inputs, tmp_path)
-    with pytest.raises(SystemExit, match="holds results of other settings .seed was 0, now 1.; choose another output_"):
+    with pytest.raises(SystemExit, match="other settings .seed was 0, now 1.; choose another output_dir"):
         go(study, inputs, tmp_path, "--seed", "1")
     assert json.loads((tmp_path / "report.json").read_text()) == before

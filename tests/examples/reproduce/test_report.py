@@ -141,7 +141,8 @@ def test_perturbation_has_both_orders_in_per_cent(report, tmp_path):
             write_result(tmp_path, backbone, task, {"summary": {"true": {"rollout": other, "legrad": own}}})
     rollout = "53.1 / 20.1 (-3.1 to -0.2 / +3.0 to +6.5)"
     page = go(report, tmp_path)
-    assert f"|  | one | two |\n| --- | --- | --- |\n| rollout | {rollout} | {rollout} |\n| legrad | 54.7 / 15.2 |" in page
+    assert "|  | one | two |\n" in page
+    assert f"| rollout | {rollout} | {rollout} |\n| legrad | 54.7 / 15.2 |" in page
 
 
 def test_segmentation_has_three_measures_in_per_cent(report, tmp_path):
