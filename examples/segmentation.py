@@ -43,8 +43,10 @@ def masked_images(files: str, image_column: str, mask_column: str, num_images: i
     """
     images = open_images([files], image_column=image_column, others=[mask_column])
     data: Any = images.data
-    if mask_column not in data.column_names:
-        raise ValueError(f"{files} has no column {mask_column!r}; pass that of the masks as --mask_column.")
+    if not isinstance(data.features.get(mask_column), Image):
+        raise ValueError(
+            f"{files} has no images in a column {mask_column!r}; pass that of the masks as --mask_column."
+        )
     if num_images is not None and num_images < 1:
         raise ValueError(f"{files} gives no image with --num_images {num_images}; pass at least one.")
     data = data.cast_column(mask_column, Image(decode=False)).select(range(min(num_images or len(data), len(data))))

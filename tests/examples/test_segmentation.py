@@ -70,8 +70,11 @@ def _rows(folder: Path, sizes: list[tuple[int, int]], mask_sizes: list[tuple[int
         mask = np.zeros(size[::-1], np.uint8)
         mask[: size[1] // 2, : size[0] // 3] = 255
         masks.append(Image.fromarray(mask))
-    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    features = datasets.Features(
+        {"image": datasets.Image(), "mask": datasets.Image(), "label": datasets.Value("int64")}
+    )
     rows = {"image": [noise_image(seed, size) for seed, size in enumerate(sizes)], "mask": masks}
+    rows["label"] = [0] * len(masks)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "masks.parquet")
     return folder / "masks.parquet"
 
@@ -139,7 +142,8 @@ def test_a_mask_of_another_size_is_refused(tmp_path, monkeypatch, example, pair)
     [
         ({"methods": "centre tve"}, "The method tve needs an explainer of the classifier; pass --model"),
         ({"methods": "grad_cat"}, "Unknown method 'grad_cat'"),
-        ({"mask_column": "label"}, "has no column 'label'; pass that of the masks as --mask_column"),
+        ({"mask_column": "label"}, "has no images in a column 'label'; pass that of the masks as --mask_column"),
+        ({"mask_column": "kind"}, "has no images in a column 'kind'; pass that of the masks as --mask_column"),
         ({"num_images": 0}, "gives no image with --num_images 0; pass at least one"),
         ({"files": "none.parquet"}, "none.parquet"),
     ],

@@ -138,10 +138,11 @@ def test_perturbation_has_both_orders_in_per_cent(report, tmp_path):
     }
     for backbone in ("one", "two"):
         for task in ("cats", "digits"):
-            write_result(tmp_path, backbone, task, {"summary": {"true": {"rollout": other, "legrad": own}}})
+            content = {"accuracy": 0.8125, "summary": {"true": {"rollout": other, "legrad": own}}}
+            write_result(tmp_path, backbone, task, content)
     rollout = "53.1 / 20.1 (-3.1 to -0.2 / +3.0 to +6.5)"
     page = go(report, tmp_path)
-    assert "|  | one | two |\n" in page
+    assert "|  | one | two |\n| --- | --- | --- |\n| accuracy of the whole images | 81.2 | 81.2 |\n" in page
     assert f"| rollout | {rollout} | {rollout} |\n| legrad | 54.7 / 15.2 |" in page
 
 
