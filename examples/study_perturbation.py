@@ -98,11 +98,13 @@ def labelled(args: argparse.Namespace, classifier: SplitClassifier) -> tuple[Ima
     return images._replace(data=data), true_classes(list(data[args.label_column]), classifier, names)
 
 
-def maps_of(row: Row, classifier: SplitClassifier, grid: tuple[int, int], seed: int, *of: Tensor) -> Tensor:
-    """Maps (B, rows, cols) of images and classes."""
+def maps_of(
+    row: Row, classifier: SplitClassifier, grid: tuple[int, int], seed: int, pixel_values: Tensor, class_idx: Tensor
+) -> Tensor:
+    """Maps (B, rows, cols) of these classes."""
     spec, offered = row
     name, options = options_of(spec, offered | {"generator": torch.Generator().manual_seed(seed)})
-    return methods.explain(name, classifier, *of, grid, **options)
+    return methods.explain(name, classifier, pixel_values, class_idx, grid, **options)
 
 
 def judged(
@@ -119,7 +121,7 @@ def judged(
         found = perturbation(classifier, pixels, explain(pixels, class_idx[chosen]), true[chosen], LEVELS)
         return found.negative_auc, found.positive_auc
 
-    found = {}
+    found: dict[str, Tensor] = {}
     wrong = predicted != true
     for order, values in zip(ORDERS, areas(torch.ones_like(wrong), predicted), strict=True):
         found |= {f"{explained}/{order}": values.clone() for explained in EXPLAINED}
@@ -200,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
             for key, values in cells.get(f"{name}/{start:06}-{stop:06}", compute).items():
                 table.setdefault(f"{name}/{key}", []).append(values)
     columns = {key: torch.cat(values).double() for key, values in table.items()}
-    report = {
+    report: dict[str, Any] = {
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "num_images": len(data),
         "accuracy": torch.cat(right).double().mean().item(),
