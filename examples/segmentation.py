@@ -9,22 +9,23 @@ be another object.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Image, load_dataset
+from datasets import Image
 from PIL import Image as Pictures
 from tqdm.auto import tqdm
 
 from tve_hf import TVEExplainer, methods, split_classifier
-from tve_hf.benchmark.judge import options_of
+from tve_hf.benchmark.judge import options_of, parse_method, refusal
 from tve_hf.evaluation.localization import localization
 from tve_hf.evaluation.statistics import bootstrap_interval
+from tve_hf.files import check_replaceable, dumps, write_whole
 from tve_hf.geometry import seen_region
-from tve_hf.images import load_image
+from tve_hf.patches import as_pair
+from tve_hf.sources import UNREADABLE, open_images, read_image
 
 
 def mask_as_seen(mask: Pictures.Image, image_processor: Any, height: int, width: int) -> torch.Tensor:
@@ -34,7 +35,34 @@ def mask_as_seen(mask: Pictures.Image, image_processor: Any, height: int, width:
     return torch.from_numpy(np.array(seen) > 127)
 
 
-def main() -> None:
+def masked_images(files: str, image_column: str, mask_column: str, num_images: int | None) -> Any:
+    """The first images and their masks, a data set of two undecoded columns.
+
+    Raises:
+        ValueError: If there are none, one cannot be read, or a mask is of another size than its image.
+    """
+    images = open_images([files], image_column=image_column, others=[mask_column])
+    data: Any = images.data
+    if not isinstance(data.features.get(mask_column), Image):
+        raise ValueError(
+            f"{files} has no images in a column {mask_column!r}; pass that of the masks as --mask_column."
+        )
+    if num_images is not None and num_images < 1:
+        raise ValueError(f"{files} gives no image with --num_images {num_images}; pass at least one.")
+    data = data.cast_column(mask_column, Image(decode=False)).select(range(min(num_images or len(data), len(data))))
+    for number, row in enumerate(data):
+        try:
+            image, mask = (read_image(row[column]) for column in (image_column, mask_column))
+        except UNREADABLE as error:
+            raise ValueError(f"Image {number} of {files}, or its mask, cannot be read: {error}") from error
+        if image.size != mask.size:
+            raise ValueError(
+                f"Image {number} of {files}, of {image.size} pixels, has a mask of {mask.size}; pass masks that fit."
+            )
+    return data
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classifier", required=True)
     parser.add_argument("--files", required=True, help="parquet files of images and masks of the same size")
@@ -46,26 +74,34 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, help="all if not given")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--output_file", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
-    classifier = split_classifier(args.classifier, dtype=torch.float32)
-    explainer = TVEExplainer.from_pretrained(args.model).eval() if args.model else None
-    grid = args.grid_size or (explainer.config.grid_size if explainer else None)
-    data = load_dataset("parquet", data_files=args.files, split="train")
-    data = data.select_columns([args.image_column, args.mask_column]).select(
-        range(min(args.num_images or len(data), len(data)))
-    )
-    data = data.cast_column(args.image_column, Image(decode=False))
+    try:
+        check_replaceable(args.output_file)
+        if args.model is None and "tve" in (parse_method(spec)[0] for spec in args.methods):
+            raise ValueError("The method tve needs an explainer of the classifier; pass --model.")
+        classifier = split_classifier(args.classifier, dtype=torch.float32)
+        explainer = TVEExplainer.from_pretrained(args.model).eval() if args.model else None
+        grid = args.grid_size or (explainer.config.grid_size if explainer else None)
+        for spec in args.methods:
+            if error := refusal(
+                classifier, spec, as_pair(grid or classifier.default_grid()), {"explainer": explainer}
+            ):
+                raise error
+        data = masked_images(args.files, args.image_column, args.mask_column, args.num_images)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(str(error)) from error
+
     maps: dict[str, list[torch.Tensor]] = {spec: [] for spec in args.methods}
     masks: list[torch.Tensor] = []
     for start in tqdm(range(0, len(data), args.batch_size), unit="batch"):
         rows = data[start : start + args.batch_size]
-        images = [load_image(row) for row in rows[args.image_column]]
+        images = [read_image(row) for row in rows[args.image_column]]
         pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
-        for image, mask in zip(images, rows[args.mask_column], strict=True):
-            if image.size != mask.size:
-                raise ValueError(f"An image of {image.size} pixels has a mask of {mask.size}; pass masks that fit.")
-            masks.append(mask_as_seen(mask, classifier.image_processor, *pixel_values.shape[-2:]))
+        height, width = pixel_values.shape[-2:]
+        masks += [
+            mask_as_seen(read_image(row), classifier.image_processor, height, width) for row in rows[args.mask_column]
+        ]
         with torch.no_grad():
             class_idx = classifier(pixel_values).logits.argmax(-1)
         for spec in args.methods:
@@ -99,7 +135,7 @@ def main() -> None:
             f"  {found.mean_average_precision:.3f}"
         )
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    args.output_file.write_text(json.dumps(report, indent=1) + "\n")
+    write_whole(args.output_file, lambda path: path.write_text(dumps(report, indent=1) + "\n"))
 
 
 if __name__ == "__main__":

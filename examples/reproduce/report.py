@@ -92,6 +92,30 @@ def estimates(found: dict[str, Any], at: list[str]) -> dict[str, str]:
     return cells
 
 
+def perturbation(found: dict[str, Any], explained: str) -> dict[str, str]:
+    """Both areas in per cent, negative / positive, of every row of a `report.json` of `study_perturbation.py`.
+
+    Before them the accuracy with nothing deleted; in brackets 95 % intervals of how far areas are above the
+    reference's. `explained` is the class that maps are of.
+    """
+    cells = {"accuracy of the whole images": f"{100 * found['accuracy']:.1f}"}
+    for name, row in found["summary"][explained].items():
+        orders = row["negative"], row["positive"]
+        cells[name] = " / ".join(f"{100 * order['mean']:.1f}" for order in orders)
+        if above := [order["above_interval"] for order in orders if "above_interval" in order]:
+            cells[name] += f" ({' / '.join(f'{100 * low:+.1f} to {100 * high:+.1f}' for low, high in above)})"
+    return cells
+
+
+def segmentation(found: dict[str, Any]) -> dict[str, str]:
+    """Pixel accuracy / mIoU / mAP in per cent of every method of a file of `segmentation.py`."""
+    cells = {}
+    for spec, row in found["methods"].items():
+        values = row["pixel_accuracy"]["mean"], row["mean_iou"], row["average_precision"]["mean"]
+        cells[spec] = " / ".join(f"{100 * value:.1f}" for value in values)
+    return cells
+
+
 KINDS: dict[str, Callable[..., dict[str, str]]] = {
     "accuracy": accuracy,
     "estimates": estimates,
@@ -100,6 +124,8 @@ KINDS: dict[str, Callable[..., dict[str, str]]] = {
     "loss": loss,
     "passes": passes,
     "ratio": ratio,
+    "perturbation": perturbation,
+    "segmentation": segmentation,
 }
 
 

@@ -70,8 +70,11 @@ def _rows(folder: Path, sizes: list[tuple[int, int]], mask_sizes: list[tuple[int
         mask = np.zeros(size[::-1], np.uint8)
         mask[: size[1] // 2, : size[0] // 3] = 255
         masks.append(Image.fromarray(mask))
-    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    features = datasets.Features(
+        {"image": datasets.Image(), "mask": datasets.Image(), "label": datasets.Value("int64")}
+    )
     rows = {"image": [noise_image(seed, size) for seed, size in enumerate(sizes)], "mask": masks}
+    rows["label"] = [0] * len(masks)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "masks.parquet")
     return folder / "masks.parquet"
 
@@ -121,13 +124,36 @@ def test_the_command_gives_what_the_functions_give(tmp_path, monkeypatch, exampl
 
 
 def test_a_mask_of_another_size_is_refused(tmp_path, monkeypatch, example, pair) -> None:
-    with pytest.raises(ValueError, match=r"image of \(40, 40\) pixels has a mask of \(20, 40\); pass masks that fit"):
+    wrong = r"Image 1 of .*, of \(40, 40\) pixels, has a mask of \(20, 40\); pass masks that fit"
+    with pytest.raises(SystemExit, match=wrong):
         _run(
             example,
             monkeypatch,
             classifier=pair[0],
-            files=_rows(tmp_path, [(40, 40)], [(20, 40)]),
+            files=_rows(tmp_path, [(40, 40)] * 2, [(40, 40), (20, 40)]),
             methods="centre",
             output_file=tmp_path / "report.json",
         )
+    assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"methods": "centre tve"}, "The method tve needs an explainer of the classifier; pass --model"),
+        ({"methods": "grad_cat"}, "Unknown method 'grad_cat'"),
+        ({"mask_column": "label"}, "has no images in a column 'label'; pass that of the masks as --mask_column"),
+        ({"mask_column": "kind"}, "has no images in a column 'kind'; pass that of the masks as --mask_column"),
+        ({"num_images": 0}, "gives no image with --num_images 0; pass at least one"),
+        ({"files": "none.parquet"}, "none.parquet"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_computed(
+    tmp_path, monkeypatch, example, pair, change, message
+) -> None:
+    monkeypatch.setattr(example, "options_of", None)  # of what computes maps
+    arguments = {"classifier": pair[0], "methods": "centre", "output_file": tmp_path / "report.json"}
+    rows = _rows(tmp_path, [(40, 40)], [(40, 40)])
+    with pytest.raises(SystemExit, match=message):
+        _run(example, monkeypatch, **({"files": rows} | arguments | change))
     assert not (tmp_path / "report.json").exists()

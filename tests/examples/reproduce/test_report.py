@@ -174,3 +174,33 @@ def test_pictures_stand_beside_the_page_and_missing_ones_nowhere(report, tmp_pat
     assert "How it looks.\n\n![mine-two-cats-cats](page/mine-two-cats-cats.png)" in page and page.count("![") == 1
     assert (tmp_path / "page" / "mine-two-cats-cats.png").read_bytes() == b"drawn"
     assert [path.name for path in (tmp_path / "page").iterdir()] == ["mine-two-cats-cats.png"]
+
+
+def test_perturbation_has_both_orders_in_per_cent(report, tmp_path):
+    table = TABLE | {"kind": "perturbation", "options": {"explained": "true"}, "rows": [], "columns": ["backbone"]}
+    write_recipe(tmp_path, tables=[table | {"reads": "{out}/{backbone}/cats.json"}])
+    own = {"negative": {"mean": 0.5471}, "positive": {"mean": 0.1525}}
+    other = {
+        "negative": {"mean": 0.531, "above": -0.0161, "above_interval": [-0.031, -0.002]},
+        "positive": {"mean": 0.2006, "above": 0.0481, "above_interval": [0.0301, 0.0649]},
+    }
+    for backbone in ("one", "two"):
+        for task in ("cats", "digits"):
+            content = {"accuracy": 0.8125, "summary": {"true": {"rollout": other, "legrad": own}}}
+            write_result(tmp_path, backbone, task, content)
+    rollout = "53.1 / 20.1 (-3.1 to -0.2 / +3.0 to +6.5)"
+    page = go(report, tmp_path)
+    assert "|  | one | two |\n| --- | --- | --- |\n| accuracy of the whole images | 81.2 | 81.2 |\n" in page
+    assert f"| rollout | {rollout} | {rollout} |\n| legrad | 54.7 / 15.2 |" in page
+
+
+def test_segmentation_has_three_measures_in_per_cent(report, tmp_path):
+    table = TABLE | {"kind": "segmentation", "rows": [], "columns": ["backbone"]}
+    write_recipe(tmp_path, tables=[table | {"reads": "{out}/{backbone}/cats.json"}])
+    for backbone, methods in (("one", ["grad_cam"]), ("two", ["grad_cam", "legrad"])):
+        row = {"pixel_accuracy": {"mean": 0.775}, "mean_iou": 0.587, "average_precision": {"mean": 0.825}}
+        for task in ("cats", "digits"):
+            write_result(tmp_path, backbone, task, {"methods": dict.fromkeys(methods, row)})
+    page = go(report, tmp_path)
+    cell = "77.5 / 58.7 / 82.5"
+    assert f"| grad_cam | {cell} | {cell} |\n| legrad |  | {cell} |" in page  # attention has no map of a CNN
