@@ -47,7 +47,7 @@ def columns_of(report: dict[str, Any], prefix: str = "") -> Columns:
 
 
 def counts(columns: Columns) -> dict[str, Any]:
-    """How many images have a bound, and whether all of them keep it; where the report tells, also what bounds are worth.
+    """How many images have a bound, and whether all of them keep it; where the report tells, what each bound is worth.
 
     A bound says something of a map if it is below the mean size of the true scores, which is how far from these a map
     of zeros is.

@@ -9,12 +9,12 @@ has an error of its own, so all is measured a second time between the two halves
 their distance is twice the error of the truth, but for what a ridge penalty holds back in both alike.
 
 Of each image, for the class that the classifier predicts, `report.json` has, of the explainer against the truth and,
-Of each image, for the class that the classifier predicts, `report.json` has, of the explainer against the truth and,
 under "halves/", of one half of the passes against the other: `epsilon` and `bound` of Theorem 1; `spread`, the range
 of log(predicted / true) over all states, a bound whatever epsilon is; and of maps by log-probabilities, by
 probabilities ("prob/") and, where the head is affine, by logits ("logit/") the mean `error`, its mean square, `bound`
 and the mean `size` of the true scores, the error of a map of zeros. `examples/study_theorem.py` counts and draws them.
 Started again, what was computed is not computed again.
+"""
 
 import argparse
 from functools import partial
