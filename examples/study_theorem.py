@@ -74,7 +74,7 @@ def study(report: dict[str, Any], path: Path) -> dict[str, Any]:
     """Draw the plot; return the counts, and, where the report has halves of its passes, theirs and what they say.
 
     `sampling_share` is the share of the mean square of the error that the sampling of the truth has made: a quarter of
-    that of the halves, each of which is as far from their mean as that from what many passes would give.
+    that of the halves, or more where a ridge penalty holds back what they say.
     """
     columns, halves = columns_of(report), columns_of(report, "halves/")
     by_probabilities = "prob/error" in columns
