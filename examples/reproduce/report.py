@@ -116,6 +116,29 @@ def segmentation(found: dict[str, Any]) -> dict[str, str]:
     return cells
 
 
+BOUNDS = {"theorem": "Theorem 1", "spread": "spread", "prob": "probabilities", "logit": "logits"}
+
+
+def theorem(found: dict[str, Any], of: str | None = None) -> dict[str, str]:
+    """Of `report.json` of `study_theorem_random.py`, or of the file that `study_theorem.py` writes beside its picture.
+
+    Args:
+        of: "halves", for those in place of the explainer.
+    """
+    counts = found["summary"] if of is None else found["summary"][of]
+    cells = {
+        "ε < 1": "{with_bound} of {images} images, {within_bound} within the bound".format(**counts),
+        "median ε": f"{counts['median_epsilon']:.2f}",
+        "median error, nats": f"{counts['median_error_nats']:.3f}",
+    }
+    for name in [name for name in BOUNDS if name in counts]:
+        medians = " / ".join(f"{float(counts[name][f'median_{part}']):.4f}" for part in ("error", "bound", "size"))
+        cells[BOUNDS[name]] = f"{medians}, {counts[name]['below_size']}"
+    for rule, share in counts.get("sampling_share", {}).items():
+        cells[f"share of sampling, {rule}"] = f"{100 * share:.0f} %"
+    return cells
+
+
 KINDS: dict[str, Callable[..., dict[str, str]]] = {
     "accuracy": accuracy,
     "estimates": estimates,
@@ -126,6 +149,7 @@ KINDS: dict[str, Callable[..., dict[str, str]]] = {
     "ratio": ratio,
     "perturbation": perturbation,
     "segmentation": segmentation,
+    "theorem": theorem,
 }
 
 

@@ -39,6 +39,8 @@ def test_the_command_counts_images_with_a_bound_and_those_that_keep_it(example, 
         "median_epsilon": 0.5,
     }
     assert (tmp_path / "theorem.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((tmp_path / "theorem.json").read_text())
+    assert written["summary"]["with_bound"] == 3 and written["report"] == str(report)
 
 
 def test_what_is_said_of_the_antithetical_explainer_is_what_its_report_gives(example, tmp_path) -> None:
@@ -50,3 +52,30 @@ def test_what_is_said_of_the_antithetical_explainer_is_what_its_report_gives(exa
     else:
         assert "no image has an ε below 1" not in said
     assert found["within_bound"] == found["with_bound"]
+
+
+def test_bounds_are_counted_where_they_say_more_than_a_map_of_zeros(example, tmp_path) -> None:
+    per_image = {
+        "epsilon": [0.5, 3.0, 0.1],
+        "bound": [1.386, "inf", 0.211],
+        "error": [0.3, 0.4, 0.1],
+        "squared_error": [0.2, 0.3, 0.1],
+        "size": [1.0, 2.0, 0.5],
+        "spread": [0.9, 2.5, 0.2],
+        "prob/error": [0.1, 0.2, 0.3],
+        "prob/squared_error": [0.01, 0.04, 0.1],
+        "prob/size": [0.05, 0.5, 0.2],
+        "prob/bound": [0.2, 0.4, 0.25],  # the last one is broken, as no real one can
+    }
+    report = {"per_image": per_image | {f"halves/{name}": per_image[name] for name in per_image}}
+    found = example.study(report, tmp_path / "theorem.png")
+    assert (found["images"], found["with_bound"], found["within_bound"]) == (3, 2, 2)
+    assert found["theorem"] == {
+        "median_error": 0.3, "median_bound": 1.386, "median_size": 1.0, "within": 3, "below_size": 1,
+    }  # fmt: skip
+    assert (found["spread"]["within"], found["spread"]["below_size"]) == (3, 2)
+    assert found["prob"] == {
+        "median_error": 0.2, "median_bound": 0.25, "median_size": 0.2, "within": 2, "below_size": 1,
+    }  # fmt: skip
+    assert "logit" not in found and found["halves"] == example.counts(example.columns_of(report))
+    assert found["sampling_share"] == {"log_prob": 0.25, "prob": 0.25}

@@ -204,3 +204,19 @@ def test_segmentation_has_three_measures_in_per_cent(report, tmp_path):
     page = go(report, tmp_path)
     cell = "77.5 / 58.7 / 82.5"
     assert f"| grad_cam | {cell} | {cell} |\n| legrad |  | {cell} |" in page  # attention has no map of a CNN
+
+
+def test_theorem_1_is_told_of_both_kinds_of_explainers(report, tmp_path):
+    plain = {"images": 4, "with_bound": 3, "within_bound": 3, "median_epsilon": 0.8125, "median_error_nats": 0.25}
+    spread = {"median_error": 0.25, "median_bound": "inf", "median_size": 0.5, "below_size": 2, "within": 4}
+    random = plain | {"spread": spread, "halves": plain | {"with_bound": 4}, "sampling_share": {"prob": 0.125}}
+    table = TABLE | {"kind": "theorem"}
+    write_recipe(tmp_path, tables=[table, table | {"options": {"of": "halves"}}])
+    for backbone, summary in (("one", random), ("two", plain | {"halves": plain})):
+        for task in ("cats", "digits"):
+            write_result(tmp_path, backbone, task, {"summary": summary})
+    page = go(report, tmp_path)
+    assert "| one, ε < 1 | 3 of 4 images, 3 within the bound | 3 of" in page
+    assert "| one, ε < 1 | 4 of 4 images" in page
+    assert "| one, spread | 0.2500 / inf / 0.5000, 2 |" in page and "two, spread" not in page
+    assert "| one, share of sampling, prob | 12 % |" in page and "| two, median ε | 0.81 |" in page
