@@ -4,7 +4,8 @@
 
 A recipe names its tables: of what kind of file each is, what its rows and columns are repeated for, and the published
 numbers. Its findings are sentences that were written once the numbers were there: one with a decimal number that is in
-no table of the study is refused. The cells are kept as JSON beside the page. Studies that are not done are named last.
+no table of the study is refused. The cells are kept as JSON beside the page. Of a study that is not done the page has
+what there is, and says so last.
 """
 
 import argparse
@@ -210,8 +211,10 @@ def section(recipe: dict[str, Any], tables: list[Cells], pictures: list[dict[str
     Raises:
         ValueError: If a finding has a number that is in none of its tables.
     """
-    parts = [f"## {recipe['title']}", recipe["question"]]
+    head, parts = [f"## {recipe['title']}", recipe["question"]], []
     for table, cells in zip(recipe["tables"], tables, strict=True):
+        if not cells:
+            continue
         columns = list(dict.fromkeys(column for row in cells.values() for column in row))
         rows = {name: [row.get(column, "") for column in columns] for name, row in cells.items()}
         parts += [table["caption"], markdown(columns, rows)]
@@ -224,7 +227,7 @@ def section(recipe: dict[str, Any], tables: list[Cells], pictures: list[dict[str
     for finding in findings:
         if strange := [number for number in re.findall(r"\d+\.\d+", finding) if number not in shown]:
             raise ValueError(f"{recipe['title']}: {strange[0]} is in none of its tables, but in: {finding}")
-    return "\n\n".join(parts + ["\n".join(f"* {finding}" for finding in findings)] * bool(findings))
+    return "\n\n".join([*head, *["\n".join(f"* {finding}" for finding in findings)] * bool(findings), *parts])
 
 
 def page_of(places: dict[str, str], folder: str) -> tuple[str, dict[str, list[Cells]], dict[str, Path]]:
@@ -236,13 +239,16 @@ def page_of(places: dict[str, str], folder: str) -> tuple[str, dict[str, list[Ce
     kept: dict[str, list[Cells]] = {}
     copied: dict[str, Path] = {}
     sections, open_studies = [], []
-    for name in recipes.RECIPES:
-        recipe = recipes.read(name)
-        left = [step for step in recipes.steps_of(recipe, places) if not step.done]
-        if left or "tables" not in recipe:
-            open_studies += [f"* {recipe['title']}: {len(left)} steps are left."] * bool(left)
+    for recipe, name in sorted(
+        ((recipes.read(name), name) for name in recipes.RECIPES), key=lambda pair: pair[0]["number"]
+    ):
+        steps = recipes.steps_of(recipe, places)
+        left = [step for step in steps if not step.done]
+        open_studies += [f"* {recipe['title']}: {len(left)} of {len(steps)} steps are left."] * bool(left)
+        tables = [cells_of(table, places) for table in recipe["tables"]]
+        if not any(tables):
             continue
-        kept[name] = [cells_of(table, places) for table in recipe["tables"]]
+        kept[name] = tables
         pictures = [pictures_of(name, figure, places, folder) for figure in recipe.get("figures", [])]
         for own in pictures:
             copied |= own

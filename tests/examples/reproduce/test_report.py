@@ -35,7 +35,7 @@ def report(tmp_path, monkeypatch):
 
 def write_recipe(tmp_path, **more):
     step = {"for": ["backbone", "task"], "run": "echo", "creates": "{out}/{backbone}/{task}.json", "minutes": 1}
-    recipe = {"title": "Mine", "question": "Which?", "steps": [step], **more}
+    recipe = {"number": 1, "title": "Mine", "question": "Which?", "steps": [step], **more}
     (tmp_path / "recipes" / "mine.yaml").write_text(json.dumps(recipe))
 
 
@@ -112,11 +112,14 @@ def test_findings_name_no_other_number(report, tmp_path):
             assert (tmp_path / "page.md").read_text() == before
 
 
-def test_a_study_that_is_not_done_is_named_without_its_numbers(report, tmp_path):
+def test_a_study_that_is_not_done_shows_what_there_is_and_says_so(report, tmp_path):
     write_recipe(tmp_path, tables=[TABLE | {"kind": "accuracy"}])
+    assert go(report, tmp_path).endswith("## Not done\n\n* Mine: 4 of 4 steps are left.\n")
+    assert "## Mine" not in (tmp_path / "page.md").read_text()
     write_result(tmp_path, "one", "cats", {"eval_accuracy": 0.9})
     page = go(report, tmp_path)
-    assert page.endswith("## Not done\n\n* Mine: 3 steps are left.\n") and "90" not in page
+    assert page.endswith("## Not done\n\n* Mine: 3 of 4 steps are left.\n")
+    assert "|  | cats |\n| --- | --- |\n| one | 90.0 % |" in page
 
 
 def test_ratios_are_those_of_the_bench(report, tmp_path):
