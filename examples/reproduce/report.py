@@ -275,8 +275,9 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(str(error))
     for name, source in pictures.items():
-        (args.page.parent / name).parent.mkdir(exist_ok=True)
+        (args.page.parent / name).parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.page.parent / name, partial(shutil.copyfile, source))
+    args.page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(args.page, lambda path: path.write_text(page))
     write_whole(args.page.with_suffix(".json"), lambda path: path.write_text(dumps(kept, indent=1) + "\n"))
 

@@ -47,9 +47,18 @@ def write_result(tmp_path, backbone, task, content):
 
 def go(report, tmp_path):
     report.main(
-        ["--data", "d", "--models", "m", "--output_dir", str(tmp_path / "o"), "--page", str(tmp_path / "page.md")]
+        [
+            "--data",
+            "d",
+            "--models",
+            "m",
+            "--output_dir",
+            str(tmp_path / "o"),
+            "--page",
+            str(tmp_path / "new" / "page.md"),
+        ]
     )
-    return (tmp_path / "page.md").read_text()
+    return (tmp_path / "new" / "page.md").read_text()
 
 
 def fidelity(**gaps):
@@ -80,7 +89,7 @@ def test_cells_are_those_of_the_files(report, tmp_path):
     assert "|  | cats | digits |\n| --- | --- | --- |\n| one, tve | 0.300 | 0.200 |" in page  # the best first
     assert "| one, random | 0.000 (-0.350 to -0.250) |  |" in page
     assert "| two, tve | 0.50 / 0.20 | 0.50 / 0.30 |" in page
-    kept = json.loads((tmp_path / "page.json").read_text())
+    kept = json.loads((tmp_path / "new" / "page.json").read_text())
     assert kept["mine"][0]["two, tve"] == {"cats": "0.300", "digits": "0.200"}
 
 
@@ -105,17 +114,17 @@ def test_findings_name_no_other_number(report, tmp_path):
                 write_result(tmp_path, backbone, task, {"eval_accuracy": 0.9})
         if fits:
             assert f"* {finding}" in go(report, tmp_path)
-            before = (tmp_path / "page.md").read_text()
+            before = (tmp_path / "new" / "page.md").read_text()
         else:
             with pytest.raises(SystemExit, match=r"Mine: 91\.0 is in none of its tables, but in: It has 91\.0 %"):
                 go(report, tmp_path)
-            assert (tmp_path / "page.md").read_text() == before
+            assert (tmp_path / "new" / "page.md").read_text() == before
 
 
 def test_a_study_that_is_not_done_shows_what_there_is_and_says_so(report, tmp_path):
     write_recipe(tmp_path, tables=[TABLE | {"kind": "accuracy"}])
     assert go(report, tmp_path).endswith("## Not done\n\n* Mine: 4 of 4 steps are left.\n")
-    assert "## Mine" not in (tmp_path / "page.md").read_text()
+    assert "## Mine" not in (tmp_path / "new" / "page.md").read_text()
     write_result(tmp_path, "one", "cats", {"eval_accuracy": 0.9})
     page = go(report, tmp_path)
     assert page.endswith("## Not done\n\n* Mine: 3 of 4 steps are left.\n")
@@ -175,8 +184,8 @@ def test_pictures_stand_beside_the_page_and_missing_ones_nowhere(report, tmp_pat
     (tmp_path / "o" / "two" / "cats.png").write_bytes(b"drawn")
     page = go(report, tmp_path)
     assert "How it looks.\n\n![mine-two-cats-cats](page/mine-two-cats-cats.png)" in page and page.count("![") == 1
-    assert (tmp_path / "page" / "mine-two-cats-cats.png").read_bytes() == b"drawn"
-    assert [path.name for path in (tmp_path / "page").iterdir()] == ["mine-two-cats-cats.png"]
+    assert (tmp_path / "new" / "page" / "mine-two-cats-cats.png").read_bytes() == b"drawn"
+    assert [path.name for path in (tmp_path / "new" / "page").iterdir()] == ["mine-two-cats-cats.png"]
 
 
 def test_perturbation_has_both_orders_in_per_cent(report, tmp_path):
