@@ -8,8 +8,7 @@ file that it leaves behind, and an estimate of its minutes on two CPU cores. It 
 things of `common.yaml` that it names, whose values it may use in braces. Before anything is computed, the steps that
 are left are printed with their minutes, and what they read must be there: a file, or what another step leaves. Stopped
 anywhere, the same command goes on: each step's own command resumes. With `--only /vit` and `--only /cnn`, two commands
-share the work. The seconds that each took are kept in
-`compute/`.
+share the work. The seconds that each took are kept in `compute/`.
 """
 
 import argparse
