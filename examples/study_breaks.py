@@ -39,7 +39,7 @@ from tve_hf.compatibility import LEAST
 from tve_hf.evaluation.report import rounded
 from tve_hf.evaluation.statistics import bootstrap_interval
 from tve_hf.files import dumps, write_whole
-from tve_hf.sources import open_images, read_image
+from tve_hf.sources import open_images, read_image, sample_images
 from tve_hf.verification import pearson, spearman
 
 REMOVALS = ["zero", "blur"]
@@ -270,20 +270,16 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if args.ceiling_samples:
             check_number(args.ceiling_samples, "ceiling_samples")
-        if args.num_images < 1:
-            raise ValueError(f"num_images is {args.num_images}; give at least 1.")
         explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval()
         classifier = split_classifier(args.classifier, dtype=torch.float32)
         explain = TransferableAttributionPipeline(explainer, classifier, device="cpu", verify=args.verify)
-        images = open_images(args.files)
+        images, rows = sample_images(open_images(args.files), args.num_images, args.seed)
         settings = {"digests": [digest(part) for part in (classifier, explainer)]}
         settings |= {name: getattr(args, name) for name in ("files", "seed", "verify")}
         cells = Cells(args.output_dir / "cells", settings)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     data: Any = images.data
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))[: args.num_images].tolist()
-    data = data.select(rows)
 
     def compute(condition: str, start: int, stop: int) -> dict[str, Tensor]:
         decoded = [read_image(image) for image in data[start:stop][images.column]]

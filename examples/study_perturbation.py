@@ -33,7 +33,7 @@ from tve_hf.evaluation.report import rounded
 from tve_hf.evaluation.statistics import bootstrap_interval
 from tve_hf.files import dumps, write_whole
 from tve_hf.patches import as_pair
-from tve_hf.sources import Images, open_images, read_image
+from tve_hf.sources import Images, open_images, read_image, sample_images
 
 LEVELS = 10  # shares of the patches that go: 0, 10, ... 90 %
 ORDERS = ("negative", "positive")
@@ -86,16 +86,14 @@ def labelled(args: argparse.Namespace, classifier: SplitClassifier) -> tuple[Ima
         ValueError: If there are none, or their labels are not the classifier's classes.
     """
     images = open_images(args.files, others=[args.label_column])
-    if args.num_images < 1:
-        raise ValueError(f"{images.name} gives no image with --num_images {args.num_images}; pass at least one.")
     data: Any = images.data
     if args.label_column not in data.column_names:
         raise ValueError(f"{images.name} has no column {args.label_column!r}; pass that of labels as --label_column.")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
-    data = data.select(order[: args.num_images].tolist())
+    images, _ = sample_images(images, args.num_images, args.seed)
+    data = images.data
     feature = data.features[args.label_column]
     names = feature.names if isinstance(feature, ClassLabel) else None
-    return images._replace(data=data), true_classes(list(data[args.label_column]), classifier, names)
+    return images, true_classes(list(data[args.label_column]), classifier, names)
 
 
 def maps_of(

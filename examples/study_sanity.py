@@ -38,7 +38,7 @@ from tve_hf.evaluation.report import rounded
 from tve_hf.evaluation.sanity import Explain, class_sensitivity, randomization, randomized, sensitivity_max
 from tve_hf.evaluation.statistics import bootstrap_interval
 from tve_hf.files import dumps, write_whole
-from tve_hf.sources import open_images, read_image
+from tve_hf.sources import open_images, read_image, sample_images
 
 BATCH = 10
 CHECKS: dict[str, Callable[[Explain, SplitClassifier, Tensor, Tensor], Tensor]] = {
@@ -101,8 +101,6 @@ def main(arguments: list[str] | None = None) -> None:
     specs = list(dict.fromkeys(args.methods))
 
     try:
-        if args.num_images < 1:
-            raise ValueError(f"num_images is {args.num_images}; give at least 1.")
         classifier = split_classifier(args.classifier, dtype=torch.float32)
         explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval()
         offered: dict[str, Any] = {"explainer": explainer, "hops": explainer.config.hops}
@@ -113,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         for spec in specs:
             if error := refusal(classifier, spec, grid, offered):
                 raise error
-        images = open_images(args.files)
+        images, rows = sample_images(open_images(args.files), args.num_images, args.seed)
         settings = {"classifier": digest(classifier), "files": args.files, "seed": args.seed}
         settings |= {name: digest(part) for name, part in offered.items() if name != "hops"}
         cells = Cells(args.output_dir / "cells", settings)
@@ -125,8 +123,6 @@ def main(arguments: list[str] | None = None) -> None:
         for check, copy in copies.items()
     }
     data: Any = images.data
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))[: args.num_images].tolist()
-    data = data.select(rows)
 
     def compute(check: str, spec: str, pixel_values: Tensor, class_idx: Tensor) -> dict[str, Tensor]:
         explain = partial(maps_of, spec, offered, grid, args.seed)

@@ -35,7 +35,7 @@ from tve_hf.files import dumps, write_whole
 from tve_hf.heads import affine_map
 from tve_hf.pretrain.labels import embed_coalitions
 from tve_hf.sampling import Regression
-from tve_hf.sources import open_images, read_image
+from tve_hf.sources import open_images, read_image, sample_images
 from tve_hf.trunk_backbone import kept_and_removed
 from tve_hf.verification import Pair, prediction_errors
 
@@ -105,8 +105,6 @@ def checked(args: argparse.Namespace) -> tuple[SplitClassifier, TVEExplainer]:
     whole = 4 * len(config.label_removals)  # two halves, of pairs, with every removal operator as often in each
     if args.num_samples < whole or args.num_samples % whole:
         raise ValueError(f"--num_samples is {args.num_samples}; give a multiple of {whole} for this explainer.")
-    if args.num_images < 1:
-        raise ValueError(f"--num_images is {args.num_images}; give at least one.")
     classifier = with_channels_last(split_classifier(args.classifier, dtype=torch.float32))
     return fit(explainer, classifier), explainer
 
@@ -124,15 +122,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         classifier, explainer = checked(args)
-        images = open_images(args.files)
+        images, _ = sample_images(open_images(args.files), args.num_images, args.seed)
         settings: dict[str, Any] = {"digests": [digest(part) for part in (classifier, explainer)]}
         settings |= {name: getattr(args, name) for name in ("files", "num_samples", "seed")}
         cells = Cells(args.output_dir / "cells", settings)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     data: Any = images.data
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
-    data = data.select(order[: args.num_images].tolist())
     config = explainer.config
     generator = torch.Generator().manual_seed(args.seed)
     keep = config.distribution.draw(1, args.num_samples, config.grid_shape, generator)[0]  # of all images

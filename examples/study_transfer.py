@@ -25,7 +25,7 @@ from tve_hf.benchmark.cells import Cells, digest
 from tve_hf.evaluation.report import summarize
 from tve_hf.files import dumps, write_whole
 from tve_hf.fingerprint import match
-from tve_hf.sources import open_images, read_image
+from tve_hf.sources import open_images, read_image, sample_images
 
 REMOVALS = ["zero", "blur"]
 BATCH = 20
@@ -75,10 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.vit_shapley:
         explainers["vit_shapley"] = ShapleyExplainer.from_pretrained(args.vit_shapley, dtype=torch.float32).eval()
     specs = ["tve", "tve_general", *(["vit_shapley"] if args.vit_shapley else []), "random"]
-    images = open_images(args.files)
+    try:
+        images, _ = sample_images(open_images(args.files), args.num_images, args.seed)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     data: Any = images.data
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
-    data = data.select(order[: args.num_images].tolist())
     settings = {"digests": [digest(part) for part in (task, general, *explainers.values())]}
     settings |= {name: getattr(args, name) for name in ("files", "grid_size", "seed")}
     cells = Cells(args.output_dir / "cells", settings)

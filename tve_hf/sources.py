@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from datasets import (
     Dataset,
     DatasetDict,
@@ -40,6 +41,25 @@ class Images(NamedTuple):
     column: str
     name: str
     number: int | None
+
+
+def sample_images(images: Images, number: int, seed: int) -> tuple[Images, list[int]]:
+    """Some of the images, in a random order, for a set may be sorted by class; and which of its rows they are.
+
+    With the same seed they are the same ones, and more, when more are asked for; all, where there are fewer.
+
+    Args:
+        images: map-style.
+
+    Raises:
+        ValueError: If none is asked for.
+    """
+    if number < 1:
+        raise ValueError(f"{images.name} gives no image with num_images={number}; pass at least one.")
+    data: Any = images.data
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    rows = order[:number].tolist()
+    return images._replace(data=data.select(rows), number=len(rows)), rows
 
 
 def open_images(

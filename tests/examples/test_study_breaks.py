@@ -218,7 +218,7 @@ def test_bad_input_is_refused_before_anything_is_computed(study, models, tmp_pat
         ),
         (["--ceiling_samples", "7"], "ceiling_samples is 7, but coalitions come in pairs"),
         (["--verify", "4"], "verify is 4; a correlation needs 8 coalitions"),
-        (["--num_images", "0"], "num_images is 0; give at least 1"),
+        (["--num_images", "0"], "gives no image with num_images=0; pass at least one"),
         (["--files", str(tmp_path / "none.parquet")], "none.parquet"),
     ):
         with pytest.raises(SystemExit, match=said):

@@ -161,7 +161,7 @@ def test_an_explainer_has_a_row_on_its_own_grid(study, inputs, tmp_path):
         ),
         (["--layers", "3"], "numbers", r"layers=\[-3, -2, -1\] must name some of the 2 blocks"),
         (["--label_column", "kind"], "numbers", "has no column 'kind'; pass that of labels as --label_column"),
-        (["--num_images", "0"], "numbers", "gives no image with --num_images 0; pass at least one"),
+        (["--num_images", "0"], "numbers", "gives no image with num_images=0; pass at least one"),
         (["--grid_size", "2"], "numbers", "A grid of 2 x 2 patches is too coarse for 10 shares"),
         ([], "others", "The labels are not all classes of .*; pass as --label_column one"),
         ([], "none", "none.parquet"),

@@ -110,7 +110,7 @@ def test_bad_input_is_refused_before_anything_is_computed(study, models, tmp_pat
         (["tve"], ["--classifier", str(other)], "The explainer .*explainer predicts embeddings of 24 dimensions"),
         (["tve", "grad"], [], "Unknown method 'grad'; choose one of"),
         (["centre@5"], [], "centre draws no samples; pass it without @"),
-        (["tve"], ["--num_images", "0"], "num_images is 0; give at least 1"),
+        (["tve"], ["--num_images", "0"], "gives no image with num_images=0; pass at least one"),
         (["tve"], ["--files", str(tmp_path / "none.parquet")], "none.parquet"),
     ):
         with pytest.raises(SystemExit, match=said):

@@ -208,7 +208,7 @@ class Stopping:
         ("antithetical", [], "is an explainer of two backgrounds.*examples/study_theorem.py"),
         ("random", ["--num_samples", "42"], "--num_samples is 42; give a multiple of 4 for this explainer"),
         ("random", ["--num_samples", "0"], "--num_samples is 0; give a multiple of 4"),
-        ("random", ["--num_images", "0"], "--num_images is 0; give at least one"),
+        ("random", ["--num_images", "0"], "gives no image with num_images=0; pass at least one"),
         ("random", ["--files", "nowhere.parquet"], "nowhere.parquet was not found"),
         ("classifier", [], "classifier"),
     ],

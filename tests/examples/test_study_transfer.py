@@ -70,3 +70,9 @@ def test_another_backbone_is_refused(study, heads, tmp_path):
     other = save_classifier(tmp_path / "other", seed=1)
     with pytest.raises(SystemExit, match="have different backbones; give heads of one"):
         study.main([*arguments(heads, tmp_path / "out"), "--general", str(other)])
+
+
+def test_no_image_is_refused(study, heads, tmp_path):
+    with pytest.raises(SystemExit, match="gives no image with num_images=0; pass at least one"):
+        study.main(arguments(heads, tmp_path, "--num_images", "0"))
+    assert not (tmp_path / "report.json").exists()

@@ -19,7 +19,7 @@ from ..evaluation.report import summarize, table_of
 from ..files import dumps
 from ..modeling_tve import TVEExplainer
 from ..patches import REMOVALS, TOKEN_DROP, GridSize, as_pair
-from ..sources import open_images
+from ..sources import open_images, sample_images
 from ..vit_shapley.modeling import ShapleyExplainer
 from .cells import Cells, digest
 from .judge import Judge, parse_method, refusal
@@ -125,13 +125,9 @@ def _grid_and_hops(
 def _images(args: EvaluateArguments) -> tuple[Dataset, str, list[int]]:
     """The images, encoded, with labels if they have any; the column they are in; and which rows of the files."""
     images = open_images(args.test_files, image_column=args.image_column, others=[args.label_column])
-    data: Any = images.data  # map-style, for it was not streamed
-    if args.num_images < 1:
-        raise ValueError(f"{images.name} gives no image with num_images={args.num_images}; pass at least one.")
-    # Any images, for a set may be sorted by class; the same ones, and more, when more are asked for.
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    rows = order[: args.num_images]
-    return data.select(rows), images.column, rows
+    drawn, rows = sample_images(images, args.num_images, args.seed)
+    data: Any = drawn.data  # map-style, for it was not streamed
+    return data, images.column, rows
 
 
 def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:

@@ -152,8 +152,8 @@ def _observe(
     return [(name, weights) for name, weights in recorder.seen if id(weights) in slopes], outputs, slopes
 
 
-# By the size of the images and whether every block is read: what was found of each model, at the cost of two passes.
-_LAYOUTS: WeakKeyDictionary[nn.Module, dict[tuple[int, int, bool], Layout]] = WeakKeyDictionary()
+# By the size of the images, whether every block is read, and the head: what was found of each model.
+_LAYOUTS: WeakKeyDictionary[nn.Module, dict[tuple, Layout]] = WeakKeyDictionary()
 
 
 def find_layout(classifier: SplitClassifier, pixel_values: Tensor, every_block: bool = True) -> Layout:
@@ -170,10 +170,10 @@ def find_layout(classifier: SplitClassifier, pixel_values: Tensor, every_block: 
     """
     check_differentiable()  # also where nothing has to be found
     found = _LAYOUTS.setdefault(classifier.backbone.model, {})
-    height, width = pixel_values.shape[-2:]
-    if (height, width, every_block) not in found:
-        found[height, width, every_block] = _find(classifier, pixel_values[:1], every_block)
-    return found[height, width, every_block]
+    key = (*pixel_values.shape[-2:], every_block, *classifier.backbone.head_names)
+    if key not in found:
+        found[key] = _find(classifier, pixel_values[:1], every_block)
+    return found[key]
 
 
 def _find(classifier: SplitClassifier, pixel_values: Tensor, every_block: bool) -> Layout:
