@@ -1,4 +1,4 @@
-"""The scripts in `examples/` as modules."""
+"""The scripts in `examples/` as modules, and their arguments."""
 
 import importlib.util
 import sys
@@ -6,6 +6,11 @@ from pathlib import Path
 from types import ModuleType
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def words(given: dict[str, object], *more: str) -> list[str]:
+    """The words of a command line: options with a value each, then the rest."""
+    return [*(str(word) for pair in given.items() for word in pair), *more]
 
 
 def load_example(name: str) -> ModuleType:

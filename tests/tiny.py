@@ -90,6 +90,16 @@ def save_pair(folder: Path, **classifier_settings) -> tuple[Path, Path]:
     return classifier, folder / "explainer"
 
 
+def save_models(folder: Path, number: int) -> Path:
+    """Save a classifier, explainers of it of every kind, under the kind's name, and pictures; return the folder."""
+    classifier = split_classifier(save_classifier(folder / "classifier"))
+    for backgrounds in ("random", "antithetical"):
+        make_explainer(classifier, backgrounds=backgrounds).save_pretrained(folder / backgrounds)
+    make_shapley_explainer(classifier).save_pretrained(folder / "shapley")
+    save_noise(folder / "noise.parquet", number)
+    return folder
+
+
 # Settings of a short pre-training run.
 RUN: dict[str, Any] = {
     "grid_size": GRID,

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
-from scripts import load_example
-from tiny import GRID, make_explainer, noise_image, save_classifier, save_noise
+from scripts import load_example, words
+from tiny import GRID, noise_image, save_classifier, save_models
 
 from tve_hf import TVEExplainer, fidelity, methods, split_classifier, transfer
 from tve_hf.faithfulness import faithfulness
@@ -24,19 +24,13 @@ def study():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A classifier, an explainer of each kind, and images."""
-    root = tmp_path_factory.mktemp("breaks")
-    classifier = split_classifier(save_classifier(root / "classifier"))
-    for backgrounds in ("random", "antithetical"):
-        make_explainer(classifier, backgrounds=backgrounds).save_pretrained(root / backgrounds)
-    save_noise(root / "x.parquet", 5)
-    return root
+    return save_models(tmp_path_factory.mktemp("breaks"), 5)
 
 
 def arguments(models, output, *more, backgrounds="random"):
-    given = {"--classifier": models / "classifier", "--model": models / backgrounds, "--files": models / "x.parquet"}
-    given |= {"--output_dir": output, "--verify": 16, "--ceiling_samples": 8}
-    return [*(str(word) for pair in given.items() for word in pair), "--conditions", "clean", "noise_0.4", *more]
+    given = {"--classifier": models / "classifier", "--model": models / backgrounds, "--output_dir": output}
+    given |= {"--files": models / "noise.parquet", "--verify": 16, "--ceiling_samples": 8}
+    return words(given, "--conditions", "clean", "noise_0.4", *more)
 
 
 # --- what is done to images ------------------------------------------------------------------------------------------

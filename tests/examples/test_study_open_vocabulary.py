@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, Features, Image
-from scripts import load_example
+from scripts import load_example, words
 from tiny import noise_image, save_classifier
 
 from tve_hf import split_classifier
@@ -39,7 +39,7 @@ def save(path, seeds, names=NAMES):
 def arguments(data, output, *more, **files):
     given = {"--classifier": data / "classifier", "--train_files": data / files.get("train", "train.parquet")}
     given |= {"--test_files": data / files.get("test", "test.parquet"), "--output_dir": output}
-    return [*(str(word) for pair in given.items() for word in pair), "--parts", "3", "--steps", "2", *more]
+    return words(given, "--parts", "3", "--steps", "2", *more)
 
 
 def embeddings(data, seeds):

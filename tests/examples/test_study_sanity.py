@@ -6,8 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from scripts import load_example
-from tiny import GRID, HOPS, make_explainer, make_shapley_explainer, noise_image, save_classifier, save_noise
+from scripts import load_example, words
+from tiny import GRID, HOPS, noise_image, save_classifier, save_models
 
 from tve_hf import ShapleyExplainer, TVEExplainer, methods, split_classifier
 from tve_hf.evaluation.sanity import class_sensitivity, randomization, sensitivity_max
@@ -22,19 +22,13 @@ def study():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A classifier, both kinds of explainers of it, and images."""
-    root = tmp_path_factory.mktemp("sanity")
-    classifier = split_classifier(save_classifier(root / "classifier"))
-    make_explainer(classifier, backgrounds="random").save_pretrained(root / "explainer")
-    make_shapley_explainer(classifier).save_pretrained(root / "shapley")
-    save_noise(root / "x.parquet", 4)
-    return root
+    return save_models(tmp_path_factory.mktemp("sanity"), 4)
 
 
 def arguments(models, output, *specs, more=()):
-    given = {"--classifier": models / "classifier", "--model": models / "explainer", "--files": models / "x.parquet"}
+    given = {"--classifier": models / "classifier", "--model": models / "random", "--files": models / "noise.parquet"}
     given |= {"--vit_shapley": models / "shapley", "--output_dir": output}
-    return [*(str(word) for pair in given.items() for word in pair), "--methods", *specs, *more]
+    return words(given, "--methods", *specs, *more)
 
 
 def test_values_are_those_of_the_checks(study, models, tmp_path, monkeypatch):
@@ -46,7 +40,7 @@ def test_values_are_those_of_the_checks(study, models, tmp_path, monkeypatch):
     with torch.no_grad():
         y = classifier(x).logits.argmax(-1)
     options = {
-        "tve": {"explainer": TVEExplainer.from_pretrained(models / "explainer").eval()},
+        "tve": {"explainer": TVEExplainer.from_pretrained(models / "random").eval()},
         "exact": {"hops": HOPS},
         "centre": {},
         "vit_shapley": {"shapley_explainer": ShapleyExplainer.from_pretrained(models / "shapley").eval()},
@@ -107,7 +101,7 @@ def test_bad_input_is_refused_before_anything_is_computed(study, models, tmp_pat
     monkeypatch.setattr(study, "CHECKS", dict.fromkeys(CHECKS))
     other = save_classifier(tmp_path / "other", hidden_size=32)
     for specs, more, said in (
-        (["tve"], ["--classifier", str(other)], "The explainer .*explainer predicts embeddings of 24 dimensions"),
+        (["tve"], ["--classifier", str(other)], "The explainer .*random predicts embeddings of 24 dimensions"),
         (["tve", "grad"], [], "Unknown method 'grad'; choose one of"),
         (["centre@5"], [], "centre draws no samples; pass it without @"),
         (["tve"], ["--num_images", "0"], "gives no image with num_images=0; pass at least one"),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from formulas import formula
-from scripts import EXAMPLES, load_example
-from tiny import GRID, make_explainer, save_classifier, save_noise
+from scripts import EXAMPLES, load_example, words
+from tiny import GRID, save_models
 
 from tve_hf import TVEConfig, TVEExplainer, sampled_meta_attribution, split_classifier
 from tve_hf.verification import prediction_errors
@@ -140,19 +140,12 @@ def test_a_prediction_that_is_the_truth_has_no_error(study, cnn, truth):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A classifier, explainers of both kinds, and images."""
-    root = tmp_path_factory.mktemp("theorem")
-    classifier = split_classifier(str(save_classifier(root / "classifier")))
-    make_explainer(classifier, backgrounds="random").save_pretrained(root / "random")
-    make_explainer(classifier).save_pretrained(root / "antithetical")
-    save_noise(root / "noise.parquet", 14)
-    return root
+    return save_models(tmp_path_factory.mktemp("theorem"), 14)
 
 
 def arguments(folder, output, *more, model="random"):
-    given = ["--classifier", str(folder / "classifier"), "--model", str(folder / model)]
-    given += ["--files", str(folder / "noise.parquet"), "--num_images", "12", "--num_samples", "40"]
-    return [*given, "--output_dir", str(output), *more]
+    given = {"--classifier": folder / "classifier", "--model": folder / model, "--files": folder / "noise.parquet"}
+    return words(given | {"--num_images": 12, "--num_samples": 40, "--output_dir": output}, *more)
 
 
 def test_the_command_measures_counts_draws_and_goes_on(study, folder, tmp_path, monkeypatch):
