@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tve_hf import methods
-from tve_hf.benchmark.plots import draw, pareto_front, passes, style, write_names
+from tve_hf.benchmark.plots import draw, pareto_front, passes, style, styles, write_names
 
 
 def test_pareto_front_by_hand():
@@ -39,6 +39,9 @@ def test_each_method_has_one_look_of_its_own_whatever_its_samples():
     assert style("rise@50") == style("rise@400") == looks["rise"]
     assert style("kernel-shap") == looks["kernel_shap"]
     assert style("tve_small") not in looks.values()  # of a joined report
+    in_one_plot = styles(["tve", "tve_small", "rise@50", "tve_scratch"])
+    assert in_one_plot["tve"] == looks["tve"] and in_one_plot["rise@50"] == looks["rise"]
+    assert in_one_plot["tve_small"]["linestyle"] != in_one_plot["tve_scratch"]["linestyle"]
 
 
 @pytest.mark.parametrize("together", [1, 2, 5])

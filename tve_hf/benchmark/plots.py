@@ -1,5 +1,6 @@
 """Plots of a report: fidelity against sparsity, fidelity against cost, agreement of removal operators."""
 
+from itertools import cycle
 from math import cos, pi, sin
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ _STYLES: dict[str, dict[str, Any]] = {
     "random": {"color": "0.65", "marker": "x", "linestyle": ":"},  # the floors are pale
     "centre": {"color": "0.65", "marker": "+", "linestyle": "--"},
 }
+# Of further explainers in one plot, in their order.
+_OTHER_LINES = ("--", ":", "-.")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -48,6 +51,13 @@ def style(spec: str) -> dict[str, Any]:
     """Colour, marker and line of a method, whatever its samples; `tve_...` is another explainer than `tve`."""
     name = spec.partition("@")[0].replace("-", "_")
     return _STYLES["tve_other" if name.startswith("tve_") else name]
+
+
+def styles(specs: list[str]) -> dict[str, dict[str, Any]]:
+    """The looks of methods in one plot, where further explainers, `tve_...`, are told apart by their lines."""
+    others = [spec for spec in specs if spec.startswith("tve_")]
+    lines = dict(zip(others, cycle(_OTHER_LINES), strict=False))
+    return {spec: style(spec) | ({"linestyle": lines[spec]} if spec in lines else {}) for spec in specs}
 
 
 def _samples(spec: str) -> int:
@@ -66,12 +76,13 @@ def fidelity_curves(report: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(len(removals), 2, squeeze=False, sharex=True)
     for row, removal in zip(axes, removals, strict=True):
         specs = [key.split("/", 1)[1] for key in report["curves"] if key.startswith(f"{removal}/")]
+        looks = styles(specs)
         for axis, side, title in zip(row, ("plus", "minus"), ("Fidelity+ ↑", "Fidelity− ↓"), strict=True):
             for spec in specs:
                 curve = report["curves"][f"{removal}/{spec}"]
                 most = max(_samples(other) for other in specs if style(other) is style(spec))
                 width = 2.2 if spec in ("tve", "exact") else 1.6 if _samples(spec) == most else 0.8
-                look = style(spec) | {"marker": "", "linewidth": width}
+                look = looks[spec] | {"marker": "", "linewidth": width}
                 axis.plot(curve["sparsity"], curve[side], label=spec, **look)
             axis.set_title(f"{title}, removed pixels: {removal}", fontsize=10)
             axis.set_xlabel("sparsity: share of patches not in S*")
