@@ -56,6 +56,10 @@ cnn_training $runs/explainer-cnn-crops --train_files "${large[@]}" --validation_
     --explainer $runs/explainer-cnn --coalition_scale 1.0 --coalitions_per_image 8 --label_removals zero blur \
     --random_resized_crop --num_epochs 10 --save_steps 200 --seed 1
 ship $runs/explainer-cnn-crops $cnn_explainer
+# Twice as deep, from scratch, as the second training is; not shipped.
+cnn_training $runs/explainer-cnn-deep --train_files "${large[@]}" --validation_files "$data/imagenette/test-*.parquet" \
+    --validation_images 32 --grid_size 10 --hidden_size 256 --num_hidden_layers 4 --coalition_scale 1.0 \
+    --coalitions_per_image 8 --label_removals zero blur --random_resized_crop --num_epochs 10 --save_steps 200 --seed 1
 
 # The small ViT, a second head on it, and its explainers.
 python examples/distill_vit.py --train_files "$data/tiny_imagenet/train-*.parquet" \
@@ -134,15 +138,20 @@ for task in imagenet_samples cats_vs_dogs; do
         --methods exact random centre grad_cam $rivals
     land $runs/results/mobilenet_v2/$task $results/mobilenet_v2/$task
 done
-# What its second training gained.
-tve-hf evaluate --classifier $cnn --model $runs/explainer-cnn --num_images 100 --removals zero blur --num_gallery 0 \
-    --test_files "$data/imagenet_samples/test-*.parquet" --output_dir $runs/results/mobilenet_v2/first --methods tve
-both=$results/mobilenet_v2/imagenet_samples/report.json first=$runs/results/mobilenet_v2/first/report.json
-python examples/join_reports.py --output_dir $runs/results/mobilenet_v2/stages $both $first \
-    --rename $first tve=tve_first --leave_out $both exact random centre grad_cam rise@400
+# What its second training gained, and what a deeper one has.
+both=$results/mobilenet_v2/imagenet_samples/report.json
+for name in first deep; do
+    explainer=$runs/explainer-cnn$([ $name = first ] || echo -deep)
+    tve-hf evaluate --classifier $cnn --model $explainer --num_images 100 --removals zero blur --num_gallery 0 \
+        --test_files "$data/imagenet_samples/test-*.parquet" --output_dir $runs/results/mobilenet_v2/$name --methods tve
+done
+first=$runs/results/mobilenet_v2/first/report.json deep=$runs/results/mobilenet_v2/deep/report.json
+python examples/join_reports.py --output_dir $runs/results/mobilenet_v2/stages $both $first $deep \
+    --rename $first tve=tve_first --rename $deep tve=tve_deep --leave_out $both exact random centre grad_cam rise@400
 stages=docs/comparison/cnn_stages
 mkdir -p $stages
 install -m 644 $runs/results/mobilenet_v2/stages/{report.json,table.md} $runs/explainer-cnn/training.json $stages
+install -m 644 $runs/explainer-cnn-deep/training.json $stages/training_deep.json
 # Maps that n masked passes correct, beside methods that take n passes.
 tve-hf evaluate --classifier $vit --model $explainer --num_images 100 --removals zero --num_gallery 0 \
     --test_files "$data/tiny_imagenet/test-*.parquet" --output_dir $runs/results/refine \

@@ -172,6 +172,9 @@ def test_what_is_said_of_the_default_is_what_was_measured() -> None:
     zero, blur = stages["zero"]["tve_first"], stages["blur"]
     assert zero["gap_above_tve"][0] < 0 < zero["gap_above_tve"][1] and blur["tve_first"]["gap_above_tve"][1] < 0
     assert f"{blur['tve']['gap'][0] - blur['tve_first']['gap'][0]:.3f} when they are blurred" in text
+    gaps = [f"{stages[removal][name]['gap'][0]:.3f}" for name in ("tve_deep", "tve") for removal in ("zero", "blur")]
+    assert "has {} and {} where `tve` has {} and {} (".format(*gaps) in text
+    assert all(stages[removal]["tve_deep"]["gap_above_tve"][1] < 0 for removal in ("zero", "blur"))
     config = json.loads((ROOT / "tve_hf/checkpoints/tve-mobilenet-v2-tiny-imagenet/config.json").read_text())
     share = config["quality"]["fidelity_gap"] / config["quality"]["sampled_fidelity_gap"]
     assert f"{share:.0%} of the gap of maps sampled with 256 passes".replace("%", " %", 1) in text
