@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from tve_hf import TransferableAttributionPipeline, TVEExplainer, fidelity, methods, split_classifier
 from tve_hf.attribution import rule_of
 from tve_hf.benchmark.cells import Cells, digest
+from tve_hf.classifiers.layout import with_channels_last
 from tve_hf.coalitions import check_number
 from tve_hf.compatibility import LEAST
 from tve_hf.evaluation.report import rounded
@@ -271,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.ceiling_samples:
             check_number(args.ceiling_samples, "ceiling_samples")
         explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval()
-        classifier = split_classifier(args.classifier, dtype=torch.float32)
+        classifier = with_channels_last(split_classifier(args.classifier, dtype=torch.float32))
         explain = TransferableAttributionPipeline(explainer, classifier, device="cpu", verify=args.verify)
         images, rows = sample_images(open_images(args.files), args.num_images, args.seed)
         settings = {"digests": [digest(part) for part in (classifier, explainer)]}

@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from tve_hf import ShapleyExplainer, SplitClassifier, TVEExplainer, methods, split_classifier
 from tve_hf.benchmark.cells import Cells, digest
 from tve_hf.benchmark.judge import options_of, refusal
+from tve_hf.classifiers.layout import with_channels_last
 from tve_hf.compatibility import verdict
 from tve_hf.evaluation.report import rounded
 from tve_hf.evaluation.sanity import Explain, class_sensitivity, randomization, randomized, sensitivity_max
@@ -101,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     specs = list(dict.fromkeys(args.methods))
 
     try:
-        classifier = split_classifier(args.classifier, dtype=torch.float32)
+        classifier = with_channels_last(split_classifier(args.classifier, dtype=torch.float32))
         explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval()
         offered: dict[str, Any] = {"explainer": explainer, "hops": explainer.config.hops}
         if args.vit_shapley:

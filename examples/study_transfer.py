@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from tve_hf import ShapleyExplainer, SplitClassifier, TVEExplainer, fidelity, methods, split_classifier
 from tve_hf.benchmark.cells import Cells, digest
+from tve_hf.classifiers.layout import with_channels_last
 from tve_hf.evaluation.report import summarize
 from tve_hf.files import dumps, write_whole
 from tve_hf.fingerprint import match
@@ -68,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", required=True, type=Path)
     args = parser.parse_args(arguments)
 
-    task, general = (split_classifier(name, dtype=torch.float32) for name in (args.classifier, args.general))
+    names = args.classifier, args.general
+    task, general = (with_channels_last(split_classifier(name, dtype=torch.float32)) for name in names)
     if match(task.fingerprint(), general.fingerprint()) != "same weights":
         raise SystemExit(f"{args.classifier} and {args.general} have different backbones; give heads of one.")
     explainers: dict[str, Any] = {"tve": TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval()}
