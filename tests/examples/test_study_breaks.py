@@ -9,17 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
-from scripts import load_example, words
+from scripts import words
 from tiny import GRID, noise_image, save_classifier, save_models
 
 from tve_hf import TVEExplainer, fidelity, methods, split_classifier, transfer
 from tve_hf.faithfulness import faithfulness
 from tve_hf.verification import spearman, verify
-
-
-@pytest.fixture(scope="module")
-def study():
-    return load_example("study_breaks")
 
 
 @pytest.fixture(scope="module")

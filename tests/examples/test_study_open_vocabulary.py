@@ -7,17 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, Features, Image
-from scripts import load_example, words
+from scripts import words
 from tiny import noise_image, save_classifier
 
 from tve_hf import split_classifier
 
 NAMES = ["red cat", "red dog", "blue cat", "blue dog", "abacus", "oboe"]
-
-
-@pytest.fixture(scope="module")
-def study():
-    return load_example("study_open_vocabulary")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +42,10 @@ def embeddings(data, seeds):
     images = [noise_image(seed) for seed in seeds]
     with torch.no_grad():
         return classifier.embed(classifier.image_processor(images, return_tensors="pt")["pixel_values"]).numpy()
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
 def test_a_name_is_the_mean_of_its_words_and_groups_of_letters(study):
@@ -97,7 +96,6 @@ def test_every_class_is_held_out_once_and_means_are_the_nearest(study, data, tmp
     assert report["num_images"] == [24, 24] and report["chance"] == 0.5
 
     x, test = embeddings(data, range(24)), embeddings(data, range(24, 48))
-    unit = lambda rows: rows / np.linalg.norm(rows, axis=-1, keepdims=True)  # noqa: E731
     centre = x.mean(0)
     x, test = unit(x - centre), unit(test - centre)
     expected = {}

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from scripts import load_example
 from tiny import GRID, SIDE, make_explainer, noise_image, save_classifier
 
 from tve_hf import methods, split_classifier
@@ -13,11 +12,6 @@ from tve_hf.evaluation.statistics import bootstrap_interval
 
 NAMES = ["ant", "bee", "cat", "dog", "emu", "fox", "gnu"]
 NUMBER = 6
-
-
-@pytest.fixture(scope="module")
-def study():
-    return load_example("study_perturbation")
 
 
 def write(path, labels, feature):

@@ -6,18 +6,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from scripts import load_example, words
+from scripts import words
 from tiny import GRID, HOPS, noise_image, save_classifier, save_models
 
 from tve_hf import ShapleyExplainer, TVEExplainer, methods, split_classifier
 from tve_hf.evaluation.sanity import class_sensitivity, randomization, sensitivity_max
 
 CHECKS = ("randomization_head", "randomization_backbone", "class_sensitivity", "sensitivity_max")
-
-
-@pytest.fixture(scope="module")
-def study():
-    return load_example("study_sanity")
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,9 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset, Features, Image
-from scripts import load_example
-from tiny import GRID, make_explainer, noise_image, save_classifier
+from tiny import GRID, make_explainer, noise_image, save_classifier, save_noise
 
 from tve_hf import fidelity, methods, split_classifier
-
-
-@pytest.fixture(scope="module")
-def study():
-    return load_example("study_transfer")
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +21,7 @@ def heads(tmp_path_factory):
     model.save_pretrained(root / "task")
     split_classifier(str(general)).image_processor.save_pretrained(root / "task")
     make_explainer(split_classifier(str(general))).save_pretrained(root / "explainer")
-    features = Features({"image": Image()})
-    Dataset.from_dict({"image": [noise_image(n) for n in range(6)]}, features=features).to_parquet(root / "x.parquet")
+    save_noise(root / "x.parquet", 6)
     return root
 
 
