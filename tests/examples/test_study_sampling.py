@@ -1,25 +1,13 @@
 """The study of sampled backgrounds: against a slow loop over the same draws, and as a command."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import GRID, HOPS, noise_image, save_classifier
 
 import tve_hf
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "study_sampling.py"
-
-
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("study_sampling", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @torch.no_grad()
