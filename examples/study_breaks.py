@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from tve_hf import TransferableAttributionPipeline, TVEExplainer, fidelity, methods, split_classifier
 from tve_hf.attribution import rule_of
 from tve_hf.benchmark.cells import Cells, digest
+from tve_hf.classifiers.compiled import with_compiled_passes
 from tve_hf.classifiers.layout import with_channels_last
 from tve_hf.coalitions import check_number
 from tve_hf.compatibility import LEAST
@@ -263,6 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--verify", type=int, default=64, help="as for the pipeline")
     parser.add_argument("--ceiling_samples", type=int, default=200, help="masked passes of `sampled`; 0 leaves it out")
     parser.add_argument("--num_images", type=int, default=100, help="for each condition, the same ones")
+    parser.add_argument("--torch_compile", action="store_true", help="compile the passes of masked images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--plot", action="store_true", help="draw gaps.png beside the report")
@@ -273,6 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
             check_number(args.ceiling_samples, "ceiling_samples")
         explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval()
         classifier = with_channels_last(split_classifier(args.classifier, dtype=torch.float32))
+        classifier = with_compiled_passes(classifier) if args.torch_compile else classifier
         explain = TransferableAttributionPipeline(explainer, classifier, device="cpu", verify=args.verify)
         images, rows = sample_images(open_images(args.files), args.num_images, args.seed)
         settings = {"digests": [digest(part) for part in (classifier, explainer)]}

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from tve_hf import RULES, SplitClassifier, TVEConfig, TVEExplainer, split_classifier
 from tve_hf.attribution import evidence_of
 from tve_hf.benchmark.cells import Cells, digest
+from tve_hf.classifiers.compiled import with_compiled_passes
 from tve_hf.classifiers.layout import with_channels_last
 from tve_hf.compatibility import fit
 from tve_hf.files import dumps, write_whole
@@ -106,6 +107,7 @@ def checked(args: argparse.Namespace) -> tuple[SplitClassifier, TVEExplainer]:
     if args.num_samples < whole or args.num_samples % whole:
         raise ValueError(f"--num_samples is {args.num_samples}; give a multiple of {whole} for this explainer.")
     classifier = with_channels_last(split_classifier(args.classifier, dtype=torch.float32))
+    classifier = with_compiled_passes(classifier) if args.torch_compile else classifier
     return fit(explainer, classifier), explainer
 
 
@@ -117,6 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--files", required=True, nargs="+", help="held-out images")
     parser.add_argument("--num_images", type=int, default=100)
     parser.add_argument("--num_samples", type=int, default=512, help="masked passes of each image")
+    parser.add_argument("--torch_compile", action="store_true", help="compile the passes of masked images")
     parser.add_argument("--seed", type=int, default=0, help="draws the images and the coalitions")
     parser.add_argument("--output_dir", required=True, type=Path)
     args = parser.parse_args(arguments)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from tve_hf import ShapleyExplainer, SplitClassifier, TVEExplainer, fidelity, methods, split_classifier
 from tve_hf.benchmark.cells import Cells, digest
+from tve_hf.classifiers.compiled import with_compiled_passes
 from tve_hf.classifiers.layout import with_channels_last
 from tve_hf.evaluation.report import summarize
 from tve_hf.files import dumps, write_whole
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--files", required=True, nargs="+", help="held-out images of the task")
     parser.add_argument("--grid_size", required=True, type=int)
     parser.add_argument("--num_images", type=int, default=200)
+    parser.add_argument("--torch_compile", action="store_true", help="compile the passes of masked images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", required=True, type=Path)
     args = parser.parse_args(arguments)
@@ -73,6 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     task, general = (with_channels_last(split_classifier(name, dtype=torch.float32)) for name in names)
     if match(task.fingerprint(), general.fingerprint()) != "same weights":
         raise SystemExit(f"{args.classifier} and {args.general} have different backbones; give heads of one.")
+    if args.torch_compile:  # maps take one pass, and what judges them takes the others
+        task = with_compiled_passes(task)
     explainers: dict[str, Any] = {"tve": TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval()}
     if args.vit_shapley:
         explainers["vit_shapley"] = ShapleyExplainer.from_pretrained(args.vit_shapley, dtype=torch.float32).eval()

@@ -8,6 +8,7 @@ from torch import nn
 
 from tve_hf.benchmark.cells import Cells, digest
 from tve_hf.benchmark.cost import counting
+from tve_hf.classifiers.parts import Backbone, HeadPart
 
 
 def test_a_cell_is_computed_once_and_survives(tmp_path):
@@ -63,7 +64,7 @@ def test_digest_sees_one_changed_bit():
 
 def test_passes_are_counted_forwards_and_backwards():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    with counting(model, ["2"]) as cost:
+    with counting(Backbone(model, [HeadPart("2", input_shape=(4,))])) as cost:
         with torch.no_grad():
             model(torch.randn(5, 3))
         model(torch.randn(2, 3)).sum().backward()

@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..classifiers import SplitClassifier
+from ..classifiers.compiled import CompiledBackbone
+from ..classifiers.parts import Backbone
 from ..classifiers.tracing import first_tensor, hooked
 
 
@@ -76,8 +78,8 @@ def own_share(classifier: SplitClassifier, explain: Callable[[Tensor], Any]) -> 
 
 
 @contextmanager
-def counting(model: nn.Module, head_names: Sequence[str]) -> Iterator[Cost]:
-    """Count the passes of a classifier, and the time, inside a with-block.
+def counting(backbone: Backbone) -> Iterator[Cost]:
+    """Count the passes of a classifier, compiled ones too, and the time, inside a with-block.
 
     A backward pass is one that reaches the input of its head, from whichever logits it started.
     """
@@ -103,9 +105,11 @@ def counting(model: nn.Module, head_names: Sequence[str]) -> Iterator[Cost]:
         running = False
 
     def hooks() -> Iterator[Any]:
-        yield model.register_forward_pre_hook(count, with_kwargs=True)
-        for name in head_names[:1]:  # all heads are reached by one pass
-            yield model.get_submodule(name).register_forward_pre_hook(watch, with_kwargs=True)
+        yield backbone.model.register_forward_pre_hook(count, with_kwargs=True)
+        if isinstance(backbone, CompiledBackbone):
+            yield backbone.compiled_pass.register_forward_pre_hook(count, with_kwargs=True)
+        for name in backbone.head_names[:1]:  # all heads are reached by one pass
+            yield backbone.model.get_submodule(name).register_forward_pre_hook(watch, with_kwargs=True)
 
     with hooked(hooks()):
         wait_for_device()

@@ -47,8 +47,7 @@ def agreement(
     shape = config.grid_shape
     rule = rule or rule_of(config)
     reading = classifier.reading(tuple(config.feature_names))
-    watched = classifier.backbone.model, classifier.backbone.head_names
-    with counting(*watched) as tve_cost:
+    with counting(classifier.backbone) as tve_cost:
         seen = reading(pixel_values)
         output = explainer(pixel_values=pixel_values, features=seen.features, embeddings=seen.embeddings)
         predicted = output.kept, output.removed
@@ -61,7 +60,7 @@ def agreement(
         )
         names = {"r2": "r2", "faithfulness": "pearson"}
         return maps | {key: torch.tensor([getattr(check, name) for (check,) in checks]) for key, name in names.items()}
-    with counting(*watched) as exact_cost:
+    with counting(classifier.backbone) as exact_cost:
         exact = exact_meta_attribution(classifier, pixel_values, config.grid_size, config.hops)
         scores = transfer(*exact, classifier, class_idx, rule, config.grid_size, config.hops)
     return {
@@ -199,7 +198,7 @@ class Judge:
             "generator": torch.Generator().manual_seed(self.seed + start),
         }
         name, options = options_of(spec, offered)
-        with counting(self.classifier.backbone.model, self.classifier.backbone.head_names) as cost:
+        with counting(self.classifier.backbone) as cost:
             scores = methods.explain(name, self.classifier, pixel_values, class_idx, self.grid, **options)
         return {"scores": scores, **cost.tensors()}
 

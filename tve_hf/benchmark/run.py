@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..attribution import DEFAULT_RULE, rule_named, rule_of
 from ..classifiers import split_classifier
+from ..classifiers.compiled import with_compiled_passes
 from ..classifiers.layout import with_channels_last
 from ..configuration_tve import TVEConfig
 from ..evaluation.report import summarize, table_of
@@ -80,6 +81,9 @@ class EvaluateArguments:
         default=None, metadata={"help": "How embeddings become scores; by default the explainer's own rule."}
     )
     batch_size: int = field(default=20)
+    torch_compile: bool = field(
+        default=False, metadata={"help": "Compile the passes of masked images: a CNN takes half the time on a CPU."}
+    )
     num_gallery: int = field(default=4, metadata={"help": "Images in gallery.png; 0 for none."})
     seed: int = field(default=0)
 
@@ -145,6 +149,8 @@ def _prepare(args: EvaluateArguments, state: PartialState) -> Judge:
         hypothesis_template=args.hypothesis_template or None,
     )
     classifier = with_channels_last(classifier.to(state.device))
+    if args.torch_compile:
+        classifier = with_compiled_passes(classifier)
     explainer = shapley_explainer = None
     if args.model is not None:
         explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval().to(state.device)

@@ -92,7 +92,7 @@ class PretrainArguments:
     warmup_ratio: float = _field(0.05, "Share of the steps in which the learning rate rises.")
     max_grad_norm: float = _field(1.0, "Gradients are scaled down to this norm.")
     mixed_precision: str = _field("bf16", "no, bf16 or fp16.")
-    torch_compile: bool = _field(False, "Compile the explainer.")
+    torch_compile: bool = _field(False, "Compile the explainer, and the classifier's passes of masked images.")
     seed: int = _field(0, "Of the weights, the order of the images and all draws.")
 
     save_steps: int = _field(500, "Steps between checkpoints, each with a validation.")

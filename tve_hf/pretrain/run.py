@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers.utils import logging
 
 from ..classifiers import SplitClassifier, split_classifier
+from ..classifiers.compiled import with_compiled_passes
 from ..classifiers.layout import with_channels_last
 from ..configuration_tve import TVEConfig
 from ..hub.push import writable
@@ -181,7 +182,8 @@ def _frozen_teacher(args: PretrainArguments, accelerator: Accelerator, config: T
     # Frozen, so in half precision throughout: under autocast its weights would be cast anew in every pass.
     dtype = HALF.get(accelerator.mixed_precision, torch.float32)
     teacher = split_classifier(args.classifier, dtype=dtype).to(accelerator.device)
-    return with_channels_last(teacher).reading(tuple(config.feature_names))
+    teacher = with_channels_last(teacher).reading(tuple(config.feature_names))
+    return with_compiled_passes(teacher) if args.torch_compile else teacher
 
 
 def _measure_label_weights(
