@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from tve_hf import ShapleyExplainer, SplitClassifier, TVEExplainer, methods, split_classifier
 from tve_hf.benchmark.cells import Cells, digest
 from tve_hf.benchmark.judge import options_of, refusal
+from tve_hf.classifiers.compiled import with_compiled_passes
 from tve_hf.classifiers.layout import with_channels_last
 from tve_hf.compatibility import verdict
 from tve_hf.evaluation.report import rounded
@@ -96,6 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", required=True, help="names, sampling ones as name@samples")
     parser.add_argument("--files", required=True, nargs="+", help="held-out images; labels are not read")
     parser.add_argument("--num_images", type=int, default=50)
+    parser.add_argument("--torch_compile", action="store_true", help="compile the passes of masked images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", required=True, type=Path)
     args = parser.parse_args(arguments)
@@ -103,6 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         classifier = with_channels_last(split_classifier(args.classifier, dtype=torch.float32))
+        classifier = with_compiled_passes(classifier) if args.torch_compile else classifier
         explainer = TVEExplainer.from_pretrained(args.model, dtype=torch.float32).eval()
         offered: dict[str, Any] = {"explainer": explainer, "hops": explainer.config.hops}
         if args.vit_shapley:

@@ -159,7 +159,7 @@ def run(steps: list[Step], out: Path) -> None:
         try:
             code = subprocess.run(words, cwd=ROOT, env=os.environ | ENVIRONMENT, check=False).returncode
         finally:
-            _add(out / "compute" / f"{step.creates.relative_to(out)}.json", time.monotonic() - started)
+            _add(out, str(step.creates.relative_to(out)), time.monotonic() - started)
         if code or not step.done:
             raise ValueError(
                 f"{step} ended with {code}, without {step.creates}; what it said is above, and the same command goes "
@@ -167,16 +167,18 @@ def run(steps: list[Step], out: Path) -> None:
             )
 
 
-def _add(ledger: Path, seconds: float) -> None:
+def _add(out: Path, step: str, seconds: float) -> None:
     """Add the seconds that a step took to those of its earlier runs."""
-    spent = json.loads(ledger.read_text())["seconds"] if ledger.is_file() else 0.0
+    ledger = out / "compute" / f"{step}.json"
+    total = round(spent(out, step) + seconds, 3)
     ledger.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(ledger, lambda path: Path(path).write_text(dumps({"seconds": round(spent + seconds, 3)}) + "\n"))
+    write_whole(ledger, lambda path: Path(path).write_text(dumps({"seconds": total}) + "\n"))
 
 
-def spent(out: Path) -> float:
-    """The seconds of all steps."""
-    return sum(json.loads(path.read_text())["seconds"] for path in (out / "compute").rglob("*.json"))
+def spent(out: Path, step: str) -> float:
+    """The seconds of a step, by the file that it leaves; 0 where it was not run."""
+    ledger = out / "compute" / f"{step}.json"
+    return json.loads(ledger.read_text())["seconds"] if ledger.is_file() else 0.0
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -80,7 +80,7 @@ def test_cells_are_those_of_the_files(report, tmp_path):
     for backbone in ("one", "two"):
         write_result(tmp_path, backbone, "cats", fidelity(random=0.0, tve=0.3))
         write_result(tmp_path, backbone, "digits", fidelity(tve=0.2))
-    for name, seconds in (("a", 5400), ("b/c", 1800)):
+    for name, seconds in (("one/cats.json", 5400), ("two/digits.json", 1800), ("of another recipe", 900)):
         path = tmp_path / "o" / "compute" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"seconds": seconds}))
@@ -90,7 +90,7 @@ def test_cells_are_those_of_the_files(report, tmp_path):
     assert "| one, random | 0.000 (-0.350 to -0.250) |  |" in page
     assert "| two, tve | 0.50 / 0.20 | 0.50 / 0.30 |" in page
     kept = json.loads((tmp_path / "new" / "page.json").read_text())
-    assert kept["mine"][0]["two, tve"] == {"cats": "0.300", "digits": "0.200"}
+    assert kept["tables"]["mine"][0]["two, tve"] == {"cats": "0.300", "digits": "0.200"}
 
 
 def test_named_files_have_rows_of_their_own_and_missing_ones_none(report, tmp_path):
@@ -129,6 +129,33 @@ def test_a_study_that_is_not_done_shows_what_there_is_and_says_so(report, tmp_pa
     page = go(report, tmp_path)
     assert page.endswith("## Not done\n\n* Mine: 3 of 4 steps are left.\n")
     assert "|  | cats |\n| --- | --- |\n| one | 90.0 % |" in page
+
+
+def test_what_was_left_on_another_machine_stays(report, tmp_path):
+    figure = {"caption": "How it looks.", "for": ["backbone", "task"], "reads": "{out}/{backbone}/{task}.png"}
+    options = {"kind": "gap", "options": {"removal": "zero"}}
+    write_recipe(tmp_path, tables=[TABLE | options], figures=[figure])
+    write_result(tmp_path, "one", "cats", fidelity(tve=0.3, lime=0.2, rise=0.1))
+    write_result(tmp_path, "one", "digits", fidelity(lime=0.4, tve=0.1))
+    write_result(tmp_path, "two", "cats", fidelity(tve=0.5))
+    (tmp_path / "o" / "one" / "cats.png").write_bytes(b"drawn")
+    ledger = tmp_path / "o" / "compute" / "one" / "cats.json.json"
+    ledger.parent.mkdir(parents=True)
+    ledger.write_text(json.dumps({"seconds": 5400}))
+    first = go(report, tmp_path)
+    assert "They took 1.5 hours." in first and "* Mine: 1 of 4 steps are left." in first
+
+    (tmp_path / "o").rename(tmp_path / "elsewhere")
+    assert go(report, tmp_path) == first
+    write_result(tmp_path, "one", "cats", fidelity(tve=0.35, lime=0.2))  # again, without one of the methods
+    write_result(tmp_path, "two", "digits", fidelity(tve=0.25))
+    (tmp_path / "o" / "compute" / "two").mkdir(parents=True)
+    (tmp_path / "o" / "compute" / "two" / "digits.json.json").write_text(json.dumps({"seconds": 1800}))
+    page = go(report, tmp_path)
+    assert "They took 2.0 hours." in page and "Not done" not in page and page.count("![") == 1
+    assert "| one, tve | 0.350 | 0.100 |" in page and "| two, tve | 0.500 | 0.250 |" in page
+    assert "| one, lime | 0.200 (-0.150 to -0.050) | 0.400 (+0.050 to +0.150) |" in page and "rise" not in page
+    assert (tmp_path / "new" / "page" / "mine-one-cats-cats.png").read_bytes() == b"drawn"
 
 
 def test_ratios_are_those_of_the_bench(report, tmp_path):

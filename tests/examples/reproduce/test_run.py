@@ -78,7 +78,7 @@ def test_a_failed_study_goes_on_where_it_was(study, tmp_path, capfd):
     second = {name: seconds_of(tmp_path, name) for name in ("one-cats", "two-cats")}
     assert second["one-cats"] == first["one-cats"]
     assert second["two-cats"] > first["two-cats"]  # of both runs
-    assert study.spent(tmp_path / "o") == pytest.approx(sum(second.values()))
+    assert study.spent(tmp_path / "o", "two-cats/count") == 0.0
 
 
 def test_a_part_of_a_study_leaves_the_rest(study, tmp_path):
