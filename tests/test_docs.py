@@ -241,6 +241,14 @@ def test_slopes_of_growth_are_what_was_measured() -> None:
         assert max(batches) == pytest.approx(min(batches))
 
 
+def test_ratios_of_compiled_passes_are_what_was_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "compiled.json").read_text())["measured"]
+    cnn, vit = (measured[name]["ratio"] for name in ("mobilenet-v2-tiny-imagenet", "vit-tiny-tiny-imagenet"))
+    said = f"MobileNetV2 then take {cnn:.2f} times as long, those of the shipped ViT {vit:.2f} times"
+    assert said in (ROOT / "docs" / "speed.md").read_text()
+    assert f"takes {cnn:.2f} times as long" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_the_page_of_results_shows_what_was_kept() -> None:
     text = (ROOT / "docs" / "results.md").read_text()
     kept = json.loads((ROOT / "docs" / "results.json").read_text())

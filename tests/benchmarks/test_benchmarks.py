@@ -108,3 +108,15 @@ def test_growth_of_operations_follows_from_the_shapes(tmp_path, monkeypatch) -> 
     # For each class a product of 16 hidden numbers for each of 14 x 14 patches, and three of their mean: the mean of
     # these products, what all patches share, and base.
     assert ten * 1e9 == pytest.approx(10 * 2 * 16 * (14 * 14 + 3))
+
+
+def test_compiled_passes_are_timed_in_turns(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    main = runpy.run_path(str(ROOT / "compiled.py"), run_name="benchmark")["main"]
+    threads = torch.get_num_threads()
+    try:
+        main([str(save_classifier(tmp_path / "classifier")), "--num_masks", "6", "--repeats", "3"])
+    finally:
+        torch.set_num_threads(threads)
+    (found,) = json.loads(capsys.readouterr().out)["measured"].values()
+    assert len(found["ratios"]) == 3 and found["ratio"] == sorted(found["ratios"])[1]

@@ -82,7 +82,7 @@ class EvaluateArguments:
     )
     batch_size: int = field(default=20)
     torch_compile: bool = field(
-        default=False, metadata={"help": "Compile the passes of masked images: a CNN takes half the time on a CPU."}
+        default=False, metadata={"help": "Compile the passes of masked images; worth it for a CNN on a CPU."}
     )
     num_gallery: int = field(default=4, metadata={"help": "Images in gallery.png; 0 for none."})
     seed: int = field(default=0)

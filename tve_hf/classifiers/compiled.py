@@ -82,8 +82,8 @@ class _Embedding(nn.Module):
 def with_compiled_passes(classifier: SplitClassifier) -> SplitClassifier:
     """Return this classifier with its masked passes compiled by `torch.compile`, for images of its own size.
 
-    On a CPU a CNN then takes about half the time, since activations and norms need no passes over memory of their
-    own; a transformer gains little. The first pass compiles for some seconds. Model and head are shared, not copied.
+    On a CPU a CNN then takes little more than half the time, since activations and norms need no passes over memory of
+    their own; a small transformer gains nothing. The first pass compiles for some seconds. Model and head are shared.
 
     Raises:
         ValueError: If the model cannot be traced as one graph, compiled, or its compiled embeddings differ.
