@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from ..messages import sentence
 from .model import SplitClassifier
 from .parts import Backbone
 
-# Largest difference between compiled and uncompiled embeddings, as a share of the largest value, by precision.
+# Largest difference of what a graph computes from what the model does, as a share of the largest value if above 1.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -49,7 +49,8 @@ class CompiledBackbone(Backbone):
     def embed(self, pixel_values: Tensor, **inputs: Tensor) -> Tensor:
         """Return the embeddings, (B, D)."""
         like = self.images_like
-        as_compiled = pixel_values.shape[1:] == like.shape[1:] and pixel_values.dtype == like.dtype
+        as_compiled = pixel_values.shape[1:] == like.shape[1:]
+        as_compiled = as_compiled and (pixel_values.dtype, pixel_values.device) == (like.dtype, like.device)
         if not as_compiled or len(pixel_values) == 1 or inputs or torch.is_grad_enabled() or self.model.training:
             return super().embed(pixel_values, **inputs)
         return self.compiled_pass(pixel_values)
@@ -61,11 +62,29 @@ class CompiledBackbone(Backbone):
         return copy.deepcopy(super().reading(self.feature_names), memo)
 
 
+def reason_in(error: Exception) -> str:
+    """The first sentence of what torch says, which is often long."""
+    return sentence(error).split(". ")[0].rstrip(".")
+
+
+@torch.no_grad()
+def as_graph(module: nn.Module, pixel_values: Tensor) -> ExportedProgram:
+    """Trace a module of images as one graph, for batches of any size.
+
+    Raises:
+        ValueError: Why it cannot be, in torch's words: if what it does depends on values, on the size of the batch, or
+            on what is not torch's.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # torch prints what it could not trace
+            return torch.export.export(module, (pixel_values,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(reason_in(error)) from error
+
+
 def _compile(backbone: Backbone, images_like: Tensor) -> Callable[[Tensor], Tensor]:
     # Traced first: hooks that read the head's input are in the graph then, and nothing of them is left to break it.
-    program = torch.export.export(
-        _Embedding(backbone), (images_like,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False
-    ).module()
+    program = as_graph(_Embedding(backbone), images_like).module()
     return torch.compile(lambda pixel_values: program(pixel_values), fullgraph=True, dynamic=True)
 
 
@@ -95,12 +114,10 @@ def with_compiled_passes(classifier: SplitClassifier) -> SplitClassifier:
         raise ValueError(f"{classifier.name} also reads {inputs}, and is compiled for pixel_values alone; {remedy}.")
     expected = classifier.embed(like)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # torch prints what it could not trace
-            found = classifier._with(backbone=CompiledBackbone(classifier.backbone, like))
-            embeddings = found.embed(like)
-    except (RuntimeError, ValueError) as error:  # of torch.export, dynamo and the compiler
-        reason = sentence(error).split(". ")[0].rstrip(".")
-        raise ValueError(f"{classifier.name} cannot be compiled ({reason}); {remedy}.") from error
+        found = classifier._with(backbone=CompiledBackbone(classifier.backbone, like))
+        embeddings = found.embed(like)
+    except (RuntimeError, ValueError) as error:  # of the trace, dynamo and the compiler
+        raise ValueError(f"{classifier.name} cannot be compiled ({reason_in(error)}); {remedy}.") from error
     difference = float((embeddings - expected).abs().max() / expected.abs().max().clamp(min=1))
     if not difference <= TOLERANCES.get(like.dtype, 1e-4):
         raise ValueError(f"The compiled embeddings of {classifier.name} differ by {difference:.2g}; {remedy}.")

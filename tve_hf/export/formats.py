@@ -1,7 +1,5 @@
 """Trace a graph, write it in each format, and run what was written."""
 
-import contextlib
-import io
 import re
 import warnings
 from collections.abc import Callable
@@ -9,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..classifiers.compiled import as_graph
 from ..messages import sentence
 from .graph import OUTPUTS, ExplanationGraph
 from .metadata import CONFIG
@@ -29,12 +28,10 @@ def traced(graph: ExplanationGraph, pixel_values: torch.Tensor) -> ExportedProgr
         ValueError: If what it does depends on values, on the size of the batch, or on what is not torch's.
     """
     try:
-        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # torch prints what it could not trace
-            return torch.export.export(graph, (pixel_values,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
-    except (RuntimeError, ValueError) as error:
-        reason = sentence(error).split(". ")[0].rstrip(".")
+        return as_graph(graph, pixel_values)
+    except ValueError as error:
         raise ValueError(
-            f"{graph.classifier.name} cannot be traced as one graph ({reason}); change what in it depends on values, "
+            f"{graph.classifier.name} cannot be traced as one graph ({error}); change what in it depends on values, "
             "fixes the size of a batch or leaves torch, or put another head on it by classifier.with_head."
         ) from error
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..classifiers.compiled import TOLERANCES
 from ..files import check_replaceable, dumps
 from ..pipeline_tve import TransferableAttributionPipeline
 from .formats import Run, check_onnx, run_onnx, run_pt2, traced, write_onnx, write_pt2
@@ -29,9 +30,6 @@ class Format:
 
 # By the end of a file's name.
 FORMATS = {"onnx": Format(write_onnx, run_onnx, check_onnx), "pt2": Format(write_pt2, run_pt2)}
-
-# Largest difference from the pipeline's models, as a share of the largest value where that is above 1.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
