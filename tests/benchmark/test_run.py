@@ -129,6 +129,29 @@ def test_same_seed_same_report(report, settings, tmp_path):
     assert again["summary"]["fidelity"] == report["summary"]["fidelity"]
 
 
+def test_compiled_passes_change_no_result(report, settings, tmp_path, monkeypatch):
+    batches = []
+
+    def compiler(function, **_):
+        def run(pixel_values):
+            batches.append(len(pixel_values))
+            return function(pixel_values)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    changed = settings | {"torch_compile": True, "output_dir": str(tmp_path / "compiled")}
+    compiled = evaluate(EvaluateArguments(**changed))
+    assert sum(batches) > compiled["num_images"]
+    for key, values in report["per_image"].items():
+        expected = pytest.approx([float(value) for value in values], rel=1e-3, abs=1e-4, nan_ok=True)
+        assert compiled["per_image"][key] == expected, key
+    for spec, cost in report["cost"].items():
+        assert {name: compiled["cost"][spec][name] for name in ("forward", "backward")} == {
+            name: cost[name] for name in ("forward", "backward")
+        }
+
+
 def test_nothing_is_computed_twice(settings, tmp_path, monkeypatch):
     """An interrupted run, taken up with more methods, asks only for what is missing, and ends as if uninterrupted."""
     asked: list[tuple[str, int]] = []
