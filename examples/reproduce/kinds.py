@@ -55,6 +55,12 @@ def loss(found: dict[str, Any]) -> dict[str, str]:
     return {"first": f"{rows[0]:.3f}", "last": f"{rows[-1]:.3f}"}
 
 
+def embeddings(found: dict[str, Any]) -> dict[str, str]:
+    """Of a file of `compare_embeddings.py`."""
+    spread = {f"directions, {when}": f"{number:.1f}" for when, number in found["directions"].items()}
+    return spread | {"likeness": f"{found['likeness']:.2f}"}
+
+
 def estimates(found: dict[str, Any], at: list[str]) -> dict[str, str]:
     """Of a summary of values with their 95 % intervals, [value, low, high]: the entries under these keys."""
     entries = found["summary"]
@@ -117,6 +123,7 @@ def theorem(found: dict[str, Any], of: str | None = None) -> dict[str, str]:
 
 KINDS: dict[str, Callable[..., dict[str, str]]] = {
     "accuracy": accuracy,
+    "embeddings": embeddings,
     "estimates": estimates,
     "fidelity": fidelity,
     "gap": gap,

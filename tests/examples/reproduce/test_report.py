@@ -259,3 +259,14 @@ def test_theorem_1_is_told_of_both_kinds_of_explainers(report, tmp_path):
     assert "| one, ε < 1 | 4 of 4 images" in page
     assert "| one, spread | 0.2500 / inf / 0.5000, 2 |" in page and "two, spread" not in page
     assert "| one, share of sampling, prob | 12 % |" in page and "| two, median ε | 0.81 |" in page
+
+
+def test_embeddings_are_told_by_their_spread_and_likeness(report, tmp_path):
+    write_recipe(tmp_path, tables=[TABLE | {"kind": "embeddings"}])
+    for backbone, after in (("one", 2.4375), ("two", 15.5)):
+        for task in ("cats", "digits"):
+            found = {"directions": {"before": 20.25, "after": after}, "likeness": 0.8125}
+            write_result(tmp_path, backbone, task, found)
+    page = go(report, tmp_path)
+    assert "| one, directions, before | 20.2 | 20.2 |\n| one, directions, after | 2.4 | 2.4 |\n" in page
+    assert "| two, likeness | 0.81 | 0.81 |" in page
