@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         "directions": {"before": directions(before), "after": directions(after)},
         "likeness": likeness(before, after),
     }
+    args.output_file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(args.output_file, lambda path: path.write_text(dumps(report, indent=1) + "\n"))
 
 

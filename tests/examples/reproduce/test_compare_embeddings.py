@@ -44,8 +44,8 @@ def test_both_classifiers_see_the_images_that_the_seed_draws(study, tmp_path):
     model.save_pretrained(after)
     save_noise(tmp_path / "x.parquet", 25)  # a batch and a quarter
     given = ["--before", str(before), "--after", str(after), "--files", str(tmp_path / "x.parquet")]
-    study.main([*given, "--num_images", "22", "--output_file", str(tmp_path / "found.json")])
-    found = json.loads((tmp_path / "found.json").read_text())
+    study.main([*given, "--num_images", "22", "--output_file", str(tmp_path / "new" / "found.json")])
+    found = json.loads((tmp_path / "new" / "found.json").read_text())
     order = torch.randperm(25, generator=torch.Generator().manual_seed(0)).tolist()[:22]
     embeddings = []
     for folder in (before, after):
