@@ -52,7 +52,9 @@ def test_both_classifiers_see_the_images_that_the_seed_draws(study, tmp_path):
         classifier = split_classifier(str(folder))
         images = [noise_image(number) for number in order]
         with torch.no_grad():
-            embeddings.append(classifier.embed(classifier.image_processor(images, return_tensors="pt")["pixel_values"]))
+            embeddings.append(
+                classifier.embed(classifier.image_processor(images, return_tensors="pt")["pixel_values"])
+            )
     for when, seen in zip(("before", "after"), embeddings, strict=True):
         variances = torch.linalg.eigvalsh(torch.cov(seen.T.double()))
         expected = variances.sum() ** 2 / (variances**2).sum()
