@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
         images, _ = sample_images(open_images(args.files), args.num_images, args.seed)
     except ValueError as error:
         raise SystemExit(str(error)) from error
+    if images.number < 2:
+        raise SystemExit(f"{images.name} gives one image, which has no spread; raise num_images, or pass more files.")
     before, after = (embed(split_classifier(name), images) for name in (args.before, args.after))
     report = {
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},

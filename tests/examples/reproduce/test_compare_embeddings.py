@@ -62,6 +62,7 @@ def test_both_classifiers_see_the_images_that_the_seed_draws(study, tmp_path):
     assert found["likeness"] == pytest.approx(study.likeness(*(seen.double() for seen in embeddings)), rel=1e-3)
     assert 0 < found["likeness"] < 1 - 1e-6  # the weights are others
 
-    with pytest.raises(SystemExit, match="at least one"):
-        study.main([*given, "--num_images", "0", "--output_file", str(tmp_path / "none.json")])
+    for number, reason in (("0", "at least one"), ("1", "gives one image")):
+        with pytest.raises(SystemExit, match=reason):
+            study.main([*given, "--num_images", number, "--output_file", str(tmp_path / "none.json")])
     assert not (tmp_path / "none.json").exists()
