@@ -120,9 +120,8 @@ class TVEConfig(BackboneReaderConfig):
             the grid's shorter side by default.
         pooled_feature: `"backbone"` trunk, random backgrounds: the one of `feature_names` whose mean over positions is
             G(x), so that predictions start from what each position adds to it; None if there is none.
-        refine_coalitions: random backgrounds: the distribution of the coalitions that `refine` computes.
-        refine_strength: random backgrounds: how noisy a masked pass is, in units of the uncertainty of one score, when
-            `refine` weighs it against the prediction; see `refinement.py`. Fitted on the validation images.
+        refine_coalitions: random backgrounds: the distribution of the coalitions that `refine` computes. Chosen on
+            the validation images.
         rule: how predictions become scores where nothing else is asked for, a key of `attribution.RULES`; None is
             the default for explainers with these `backgrounds`. Fitted on the validation images for random ones.
         label_removals: random backgrounds: what replaced removed pixels in training, one or several operators in turn.
@@ -181,7 +180,6 @@ class TVEConfig(BackboneReaderConfig):
     pooled_feature: str | None = None
     label_removals: list[str] = field(default_factory=lambda: ["zero"])
     refine_coalitions: CoalitionName = "independent"
-    refine_strength: float = 5.0
     rule: str | None = None
     quality: dict[str, float | int] | None = None
 
@@ -230,8 +228,6 @@ class TVEConfig(BackboneReaderConfig):
                 raise ValueError(f"quality[{name!r}] is {value}, leave out what was not measured.")
         if self.backgrounds == "random":
             self.distribution.check(self.grid_shape)
-            if self.refine_strength <= 0:
-                raise ValueError(f"refine_strength is {self.refine_strength}, it must be above 0.")
             if self.pooled_feature is not None:
                 self._validate_pooled_feature(self.pooled_feature)
             if not self.label_removals:

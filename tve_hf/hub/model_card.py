@@ -125,7 +125,6 @@ def _random_values(folder: Path, config: dict[str, Any], results: dict[str, dict
         "coalitions_per_image": str(arguments["coalitions_per_image"]),
         "removals": ", ".join(f"{removals.count(name)}/{len(removals)} {name}" for name in dict.fromkeys(removals)),
         "refine_coalitions": config["refine_coalitions"],
-        "refine_strength": f"{config['refine_strength']:g}",
     }
 
 

@@ -49,7 +49,7 @@ def finish(run: Run) -> TVEExplainer:
         before = rule_of(run.config)
         if run.held_out.fit_rule(run.model) != before:  # under which the last validation was
             run.progress.log[-1] |= {name: round(value, 6) for name, value in validate(run).items()}
-        run.config.refine_coalitions, run.config.refine_strength = run.held_out.fit_refinement(run.model)
+        run.held_out.fit_refinement(run.model)
     run.config.quality = _quality(run)
     weights = accelerator.get_state_dict(run.model)
     explainer = accelerator.unwrap_model(run.model)

@@ -1,6 +1,5 @@
 """Watch an explainer of random backgrounds while it learns: how well it foretells held-out images' embeddings."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +19,7 @@ from .labels import embed_coalitions
 
 NUM_COALITIONS = 64  # of each image, to foretell
 NUM_SAMPLES = 256  # of the maps to compare with
-NUM_REFINED = 25  # masked passes, when the strength of refinement is chosen
-STRENGTHS = (1.0, 3.0, 10.0, 30.0)
+NUM_REFINED = 25  # masked passes, when the coalitions of refinement are chosen
 
 
 class HeldOutCoalitions(HeldOut):
@@ -95,27 +93,25 @@ class HeldOutCoalitions(HeldOut):
         return self.config.rule
 
     @torch.no_grad()
-    def fit_refinement(self, explainer: Callable[..., Any]) -> tuple[CoalitionName, float]:
-        """Choose the coalitions and the strength with which `refine` makes the most faithful maps of these images.
+    def fit_refinement(self, explainer: Callable[..., Any]) -> CoalitionName:
+        """Put the coalitions by which `refine` makes the most faithful maps of these images into the config.
 
         Returns:
-            A key of `coalitions.COALITIONS` and a strength; see `refinement.py`.
+            A key of `coalitions.COALITIONS`.
         """
         output = explainer(
             pixel_values=self.pixel_values, features=self.seen.features, embeddings=self.seen.embeddings
         )
         pair, rule = (output.kept, output.removed), rule_of(self.config)
         scores = self._scores(pair)
-        gaps: dict[tuple[CoalitionName, float], float] = {}
+        gaps: dict[CoalitionName, float] = {}
         names: list[CoalitionName] = ["independent", self.config.coalitions]
         for name in dict.fromkeys(names):
-            config = copy.copy(self.config)
-            config.refine_coalitions = name
-            refinement = Refinement(self.classifier, self.pixel_values, *pair, config, NUM_REFINED)
-            for strength in STRENGTHS:
-                added = refinement.correction(self.classifier, self.class_idx, rule, strength)
-                gaps[name, strength] = self._gap(scores + added)
-        return max(gaps, key=lambda choice: gaps[choice])
+            self.config.refine_coalitions = name
+            refinement = Refinement(self.classifier, self.pixel_values, *pair, self.config, NUM_REFINED)
+            gaps[name] = self._gap(scores + refinement.correction(self.classifier, self.class_idx, rule))
+        self.config.refine_coalitions = max(gaps, key=lambda name: gaps[name])
+        return self.config.refine_coalitions
 
     def _logits(self, embeddings: Tensor) -> Tensor:
         return of_class(self.classifier.head(embeddings.to(self.classifier.dtype)).float(), self.class_idx)
