@@ -4,6 +4,10 @@ from collections.abc import Callable
 from math import isnan
 from typing import Any
 
+import torch
+
+from tve_hf.evaluation.statistics import bootstrap_interval
+
 
 def accuracy(found: dict[str, Any]) -> dict[str, str]:
     """Of `eval_results.json`."""
@@ -17,14 +21,23 @@ def fidelity(found: dict[str, Any], removal: str) -> dict[str, str]:
     return {spec: f"{rows[spec]['plus_auc'][0]:.2f} / {rows[spec]['minus_auc'][0]:.2f}" for spec in best_first}
 
 
-def gap(found: dict[str, Any], removal: str) -> dict[str, str]:
-    """Fidelity+ less Fidelity− of every method, and the 95 % interval of how far it is above `tve`."""
+def gap(found: dict[str, Any], removal: str, beside: str = "tve") -> dict[str, str]:
+    """Fidelity+ less Fidelity− of every method, and the 95 % paired interval of how far it is above `beside`."""
     cells = {}
     rows = found["summary"]["fidelity"][removal]
     for spec in sorted(rows, key=lambda spec: -rows[spec]["gap"][0]):
-        above = rows[spec].get("gap_above_tve")
-        cells[spec] = f"{rows[spec]['gap'][0]:.3f}" + (f" ({above[0]:+.3f} to {above[1]:+.3f})" if above else "")
+        if beside == "tve":
+            above = rows[spec].get("gap_above_tve")
+        else:
+            above = bootstrap_interval(_gaps(found, spec, removal) - _gaps(found, beside, removal))
+        wide = above is not None and spec != beside
+        cells[spec] = f"{rows[spec]['gap'][0]:.3f}" + (f" ({above[0]:+.3f} to {above[1]:+.3f})" if wide else "")
     return cells
+
+
+def _gaps(found: dict[str, Any], spec: str, removal: str) -> torch.Tensor:
+    plus, minus = (torch.tensor(found["per_image"][f"{spec}/{removal}/{side}"]) for side in ("plus", "minus"))
+    return plus.double() - minus.double()
 
 
 def ratio(found: dict[str, Any]) -> dict[str, str]:

@@ -93,6 +93,25 @@ def test_cells_are_those_of_the_files(report, tmp_path):
     assert kept["tables"]["mine"][0]["two, tve"] == {"cats": "0.300", "digits": "0.200"}
 
 
+def test_gaps_beside_another_method(report, tmp_path):
+    """The interval is of paired differences: where all images have the same one, it is that, however they differ."""
+    options = {"kind": "gap", "options": {"removal": "zero", "beside": "lime"}}
+    write_recipe(tmp_path, tables=[TABLE | options])
+    lime = [0.1, 0.7, 0.4]
+    found = fidelity(lime=0.4, tve=0.6, random=0.1)
+    found["per_image"] = {f"{spec}/zero/minus": [0.1] * 3 for spec in ("lime", "tve", "random")} | {
+        "lime/zero/plus": [value + 0.1 for value in lime],
+        "tve/zero/plus": [value + 0.3 for value in lime],
+        "random/zero/plus": [0.2, 0.2, 0.2],
+    }
+    write_result(tmp_path, "one", "cats", found)
+    page = go(report, tmp_path)
+    assert "| one, tve | 0.600 (+0.200 to +0.200) |" in page and "| one, lime | 0.400 |" in page
+    assert (
+        "| one, random | 0.100 (-0.600 to +0.000) |" in page
+    )  # one of 27 draws is all of the first, one of the second
+
+
 def test_named_files_have_rows_of_their_own_and_missing_ones_none(report, tmp_path):
     reads = {"head alone": "{out}/{backbone}/{task}.json", "all weights": "{out}/all/{backbone}-{task}.json"}
     write_recipe(tmp_path, tables=[TABLE | {"kind": "accuracy", "reads": reads}])
