@@ -112,7 +112,7 @@ def missed_by(scores: Tensor, residuals: Tensor, design: Tensor) -> Tensor:
         design: x, (n, N) float64.
 
     Returns:
-        delta, (..., N); all but for the noise orthogonal to phi.
+        delta, (..., N).
     """
     ones = torch.ones_like(residuals)
     fixed = torch.stack([ones, scores @ design.T], dim=-1)  # (..., n, 2)

@@ -26,16 +26,20 @@ def gap(found: dict[str, Any], removal: str, beside: str = "tve") -> dict[str, s
     cells = {}
     rows = found["summary"]["fidelity"][removal]
     for spec in sorted(rows, key=lambda spec: -rows[spec]["gap"][0]):
-        if beside == "tve":
+        cells[spec] = f"{rows[spec]['gap'][0]:.3f}"
+        if beside == "tve":  # which a report compares with
             above = rows[spec].get("gap_above_tve")
-        else:
+        elif spec != beside:
             above = bootstrap_interval(_gaps(found, spec, removal) - _gaps(found, beside, removal))
-        wide = above is not None and spec != beside
-        cells[spec] = f"{rows[spec]['gap'][0]:.3f}" + (f" ({above[0]:+.3f} to {above[1]:+.3f})" if wide else "")
+        else:
+            above = None
+        if above:
+            cells[spec] += f" ({above[0]:+.3f} to {above[1]:+.3f})"
     return cells
 
 
 def _gaps(found: dict[str, Any], spec: str, removal: str) -> torch.Tensor:
+    """Of each image, (n,)."""
     plus, minus = (torch.tensor(found["per_image"][f"{spec}/{removal}/{side}"]) for side in ("plus", "minus"))
     return plus.double() - minus.double()
 
